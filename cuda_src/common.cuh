@@ -1,0 +1,243 @@
+// common.cuh: what every kernel of mambacupy shares. Element types, vector access, exact-enough elementary functions.
+//
+// Policy
+//   - No header is included, neither ours nor NVIDIA's: a kernel is one text, compiled by NVRTC alone in well under a second.
+//   - Every inline PTX of the project stands in this file, each with a plain C++ twin for hosts and emulators.
+//   - Arithmetic is float (double when the tensors are double). 16-bit types are storage only.
+//
+// Glossary, the same in Python, CUDA and documentation
+//   u, delta, z, y   (batch, dim, length)   input, step size before bias and softplus, gate, output
+//   A                (dim, state)           diagonal of the state matrix of each channel
+//   B, C             (dim, state) constant, or (batch, groups, state, length) varying with time
+//   D, delta_bias    (dim,)                 skip weight, bias of delta
+//   h                                       the state: `state` numbers for each (batch, dim)
+//   channel          one (batch, dim) row: an independent recurrence
+//   slot             one of the states that a lane keeps in registers
+#pragma once
+
+#define DEVICE __device__ __forceinline__
+
+// ---------------------------------------------------------------------------------------------- element types
+struct float16 { unsigned short bits; };   // IEEE binary16
+struct bfloat16 { unsigned short bits; };  // upper half of a binary32
+
+DEVICE float to_real(float x) { return x; }
+DEVICE double to_real(double x) { return x; }
+DEVICE float to_real(bfloat16 x) { return __uint_as_float((unsigned)x.bits << 16); }
+
+#ifdef __CUDA_ARCH__
+DEVICE float to_real(float16 x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits)); return y; }
+#else
+DEVICE float to_real(float16 x) {
+    unsigned sign = (x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
+    float y = __uint_as_float(magnitude << 13) * 0x1p+112f;            // also right for subnormal numbers
+    if (magnitude >= 0x7c00u) y = __uint_as_float(0x7f800000u | (magnitude << 13));
+    return __uint_as_float(__float_as_uint(y) | sign);
+}
+#endif
+
+DEVICE void from_real(float x, float& out) { out = x; }
+DEVICE void from_real(double x, double& out) { out = x; }
+DEVICE void from_real(float x, bfloat16& out) {                        // round to nearest, ties to even; NaN stays NaN
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"(x));
+#else
+    unsigned b = __float_as_uint(x);
+    out.bits = x != x ? 0x7fff : (unsigned short)((b + 0x7fffu + ((b >> 16) & 1u)) >> 16);
+#endif
+}
+DEVICE void from_real(float x, float16& out) {
+#ifdef __CUDA_ARCH__
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(x));
+#else
+    unsigned b = __float_as_uint(x), sign = (b >> 16) & 0x8000u, m = b & 0x7fffffffu;
+    if (m > 0x7f800000u) { out.bits = 0x7fff; return; }
+    if (m >= 0x477ff000u) { out.bits = (unsigned short)(sign | 0x7c00u); return; }
+    if (m < 0x38800000u) {                                             // subnormal: let the float adder round
+        out.bits = (unsigned short)(sign | (__float_as_uint(__uint_as_float(m) + 0.5f) - 0x3f000000u)); return;
+    }
+    out.bits = (unsigned short)(sign | ((m - 0x38000000u + 0xfffu + ((m >> 13) & 1u)) >> 13));
+#endif
+}
+
+// COUNT elements that lie side by side in memory, moved by one instruction of up to 16 bytes. They stay packed in whole
+// registers until they are used: taking one apart would wait for its load.
+template <int BYTES> struct Words { unsigned word[BYTES / 4]; };
+template <> struct Words<2> { unsigned short word[1]; };
+
+template <typename T, int COUNT>
+struct alignas(sizeof(T) * COUNT) Pack {
+    Words<sizeof(T) * COUNT> bits;
+    DEVICE T get(int j) const;
+    DEVICE void set(int j, T value);
+};
+
+template <typename T> struct Split {                                   // an element's place; 16-bit: two to a word
+    static DEVICE T get(const unsigned* w, int j) { return {(unsigned short)(j & 1 ? w[j / 2] >> 16 : w[j / 2])}; }
+    static DEVICE T get(const unsigned short* w, int) { return {w[0]}; }
+    static DEVICE void set(unsigned* w, int j, T x) {
+        w[j / 2] = j & 1 ? (w[j / 2] & 0xffffu) | ((unsigned)x.bits << 16) : (w[j / 2] & 0xffff0000u) | x.bits;
+    }
+    static DEVICE void set(unsigned short* w, int, T x) { w[0] = x.bits; }
+};
+template <> struct Split<float> {
+    static DEVICE float get(const unsigned* w, int j) { return __uint_as_float(w[j]); }
+    static DEVICE void set(unsigned* w, int j, float x) { w[j] = __float_as_uint(x); }
+};
+template <> struct Split<double> {
+    static DEVICE double get(const unsigned* w, int j) { return __hiloint2double(w[2 * j + 1], w[2 * j]); }
+    static DEVICE void set(unsigned* w, int j, double x) { w[2 * j] = __double2loint(x); w[2 * j + 1] = __double2hiint(x); }
+};
+template <typename T, int COUNT> DEVICE T Pack<T, COUNT>::get(int j) const { return Split<T>::get(bits.word, j); }
+template <typename T, int COUNT> DEVICE void Pack<T, COUNT>::set(int j, T x) { Split<T>::set(bits.word, j, x); }
+
+// The first `valid` elements at `from`; zeros after them.
+template <typename T, int COUNT>
+DEVICE Pack<T, COUNT> load_pack(const T* __restrict__ from, int valid) {
+    Pack<T, COUNT> pack = {};
+    if (valid >= COUNT) {
+        pack = *reinterpret_cast<const Pack<T, COUNT>*>(from);
+    } else if (valid > 0) {
+#pragma unroll
+        for (int j = 0; j < COUNT - 1; ++j) if (j < valid) pack.set(j, from[j]);
+    }
+    return pack;
+}
+
+template <typename T, int COUNT>
+DEVICE void store_pack(T* __restrict__ to, const Pack<T, COUNT>& pack, int valid) {
+    if (valid >= COUNT) {
+        *reinterpret_cast<Pack<T, COUNT>*>(to) = pack;
+    } else {
+#pragma unroll
+        for (int j = 0; j < COUNT - 1; ++j) if (j < valid) to[j] = pack.get(j);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------- functions of reals
+// 2^x in one instruction. Relative error at most 2^-22; exact at 0, so a decay near 1 keeps its digits.
+DEVICE float exp2_fast(float x) {
+#ifdef __CUDA_ARCH__
+    float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y;
+#else
+    return exp2f(x);
+#endif
+}
+DEVICE double exp2_fast(double x) { return exp2(x); }
+
+DEVICE float reciprocal(float x) {
+#ifdef __CUDA_ARCH__
+    float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y;
+#else
+    return 1.0f / x;
+#endif
+}
+DEVICE double reciprocal(double x) { return 1.0 / x; }
+
+constexpr double LOG2_E = 1.4426950408889634;
+
+// e^x. The rounding of x·log2(e) would cost |x| ulp, so what it loses is put back to first order.
+DEVICE float exp_exact(float x) {
+    float p = x * (float)LOG2_E;
+    float lost = fmaf(x, (float)LOG2_E, -p) + x * (float)(LOG2_E - (double)(float)LOG2_E);
+    float y = exp2_fast(p);
+    return p < -126.0f ? 0.0f : (p > 128.0f ? y : fmaf(y, lost * 0.69314718f, y));   // not at the ends: inf·0
+}
+DEVICE double exp_exact(double x) { return exp(x); }
+
+// log(1 + x) for x in [0, 1]: x times a minimax polynomial, relative error 3e-8 before rounding.
+DEVICE float log1p_unit(float x) {
+    float p = 5.232690833508968e-3f;
+    p = fmaf(p, x, -2.9505228623747826e-2f);
+    p = fmaf(p, x, 7.822594791650772e-2f);
+    p = fmaf(p, x, -1.3663245737552643e-1f);
+    p = fmaf(p, x, 1.9106008112430573e-1f);
+    p = fmaf(p, x, -2.484298199415207e-1f);
+    p = fmaf(p, x, 3.331909775733948e-1f);
+    p = fmaf(p, x, -4.999949336051941e-1f);
+    p = fmaf(p, x, 9.999999403953552e-1f);
+    return p * x;
+}
+
+// softplus(x) = log(1 + e^x), and x itself above 20. Keeps its relative accuracy where x is very negative.
+DEVICE float softplus(float x) { return fmaxf(x, 0.0f) + log1p_unit(exp_exact(-fabsf(x))); }
+DEVICE double softplus(double x) { return x > 20.0 ? x : log1p(exp(x)); }
+
+// sigmoid(x) = 1 / (1 + e^-x)
+template <typename R>
+DEVICE R sigmoid(R x) { return reciprocal(R(1) + exp2_fast(x * R(-LOG2_E))); }
+DEVICE double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
+
+// sin and cos of 2·pi·x. x is reduced exactly, so the error stays 1e-7 for any angle a float can tell apart.
+DEVICE void sincos_turns(float x, float& sine, float& cosine) {
+    float quarter = rintf(4.0f * x);
+    float r = fmaf(quarter, -0.25f, x), s = r * r;                     // |r| <= 1/8
+    float p = fmaf(s, fmaf(s, fmaf(s, -75.39356282f, 81.59235357f), -41.34166146f), 6.28318529f) * r;
+    float q = fmaf(s, fmaf(s, fmaf(s, fmaf(s, 59.20279607f, -85.44229798f), 64.93931074f), -19.73920863f), 1.0f);
+    int k = (int)(quarter - 4.0f * floorf(0.25f * quarter));           // quarter turns, 0 to 3
+    float a = (k & 1) ? q : p, b = (k & 1) ? p : q;
+    sine = (k & 2) ? -a : a;
+    cosine = ((k + 1) & 2) ? -b : b;
+}
+DEVICE void sincos_turns(double x, double& sine, double& cosine) {
+    sine = sin(6.283185307179586 * (x - rint(x)));
+    cosine = cos(6.283185307179586 * (x - rint(x)));
+}
+
+// ---------------------------------------------------------------------------------------------- complex numbers
+template <typename R>
+struct alignas(2 * sizeof(R)) Complex { R re, im; };
+
+template <typename R> DEVICE Complex<R> conj(Complex<R> a) { return {a.re, -a.im}; }
+template <typename R> DEVICE Complex<R> operator+(Complex<R> a, Complex<R> b) { return {a.re + b.re, a.im + b.im}; }
+template <typename R> DEVICE Complex<R> operator*(R s, Complex<R> a) { return {s * a.re, s * a.im}; }
+template <typename R> DEVICE Complex<R> operator*(Complex<R> a, Complex<R> b) {
+    return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
+}
+
+// What the kernels ask of a state, real or complex, in the same words.
+template <typename R> DEVICE R multiply_add(R a, R b, R c) { return a * b + c; }
+template <typename R> DEVICE Complex<R> multiply_add(Complex<R> a, Complex<R> b, Complex<R> c) {
+    return {a.re * b.re + (c.re - a.im * b.im), a.re * b.im + (a.im * b.re + c.im)};
+}
+DEVICE float real_product(float a, float b, float c) { return a * b + c; }                    // Re(a·b) + c
+DEVICE double real_product(double a, double b, double c) { return a * b + c; }
+template <typename R> DEVICE R real_product(Complex<R> a, Complex<R> b, R c) { return a.re * b.re + (c - a.im * b.im); }
+
+DEVICE float conj(float a) { return a; }
+DEVICE double conj(double a) { return a; }
+
+// ---------------------------------------------------------------------------------------------- discretisation
+// A rate is what a lane keeps of an entry of A, so that the inner loop multiplies once and exponentiates.
+//   real:     A·log2(e)
+//   complex:  (Re A·log2(e), Im A/2·pi): the decay in octaves, the angle in turns
+DEVICE float rate_of(float A) { return A * (float)LOG2_E; }
+DEVICE double rate_of(double A) { return A * LOG2_E; }
+template <typename R> DEVICE Complex<R> rate_of(Complex<R> A) { return {A.re * R(LOG2_E), A.im * R(0.15915494309189535)}; }
+
+// exp(Δ·A)
+DEVICE float decay(float step, float rate) { return exp2_fast(step * rate); }
+DEVICE double decay(double step, double rate) { return exp2_fast(step * rate); }
+template <typename R> DEVICE Complex<R> decay(R step, Complex<R> rate) {
+    R magnitude = exp2_fast(step * rate.re), sine, cosine;
+    sincos_turns(step * rate.im, sine, cosine);
+    return {magnitude * cosine, magnitude * sine};
+}
+
+// phi(a) = (e^a - 1)/a, the factor by which exact zero-order hold differs from Euler; e^a comes along as `exp_a`.
+// Near 0 the quotient loses its digits, so a series takes over for |a| < 1/2.
+DEVICE float phi(float a, float exp_a) {
+    float p = fmaf(a, fmaf(a, fmaf(a, fmaf(a, fmaf(a, 1.98411905e-4f, 1.39973247e-3f), 8.33363465e-3f),
+                                   4.16653182e-2f), 1.66666629e-1f), 5.00000042e-1f);
+    return fabsf(a) < 0.5f ? fmaf(a, p, 1.0f) : (exp_a - 1.0f) / a;
+}
+DEVICE double phi(double a, double) { return a == 0.0 ? 1.0 : expm1(a) / a; }
+template <typename R> DEVICE Complex<R> phi(Complex<R> a, Complex<R> exp_a) {
+    constexpr int TERMS = sizeof(R) == 4 ? 8 : 15;
+    R square = a.re * a.re + a.im * a.im;
+    if (square >= R(0.25)) return (R(1) / square) * (Complex<R>{exp_a.re - R(1), exp_a.im} * conj(a));
+    Complex<R> sum = {R(1), R(0)};                                     // 1 + a/2·(1 + a/3·(1 + …))
+#pragma unroll
+    for (int k = TERMS; k >= 2; --k) sum = Complex<R>{R(1), R(0)} + (R(1) / R(k)) * (a * sum);
+    return sum;
+}

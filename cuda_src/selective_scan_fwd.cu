@@ -1,0 +1,251 @@
+// selective_scan_fwd.cu: the selective scan, forward.
+//
+//   h_t = exp(Δ_t·A)·h_{t-1} + Δ_t·B_t·u_t        (zero-order hold: Δ_t·phi(Δ_t·A)·B_t·u_t)
+//   y_t = (Σ_n C_t·h_t + D·u_t)·silu(z_t)         Δ = softplus(delta + delta_bias) or delta + delta_bias
+//
+// Idea: time is walked in order, and the states live in registers. A channel belongs to LANES neighbouring lanes with SLOTS
+// states each, so a state costs one exponential and four multiply-adds a step and no scan across threads. The channels of a
+// block share every B and C they read.
+//
+// A block walks all of time in tiles of TILE steps (layout: tile.cuh). Per tile:
+//   1. element by element   (Δ, Δ·u) and B, C go to shared memory; the next tile's loads start and fly during 2.
+//   2. step by step         every lane advances its states and leaves its part of Σ_n C·h in shared memory.
+//   3. element by element   the parts are summed in fixed order, D·u added, gated, and stored.
+//
+// Compile-time, besides tile.cuh's: ZOH B_VARIES C_VARIES B_TIME_FAST C_TIME_FAST BLOCKS_PER_SM. All are set by
+// mambacupy/ops/selective_scan.py, with the reasons.
+#include "tile.cuh"
+
+struct alignas(2 * sizeof(real)) Step { real dt, dtu; };               // Δ and Δ·u of one element
+constexpr int PARTS = LANES < 4 ? LANES : 4;                           // parts of Σ_n C·h left to phase 3
+struct alignas(PARTS * sizeof(real) < 16 ? PARTS * sizeof(real) : 16) Parts { real at[PARTS]; };
+constexpr bool COEFFICIENTS_AHEAD = COEFFICIENT_LOADS <= 8;            // few enough to wait in registers
+constexpr int UNROLL = TILE < 4 ? TILE : 4;
+
+struct Params {
+    const element *u, *delta, *z;
+    element* y;
+    const state_t* A;
+    const B_T* B;
+    const C_T* C;
+    const real *D, *delta_bias;
+    const state_t* initial_state;
+    state_t *last_state, *states;
+    const real* parts_in;                                              // Σ_n C·h over earlier slices of the states
+    real* parts_out;                                                   // not null: more slices follow
+    long long dim, length, state, state_total, span, blocks_per_span, blocks_per_batch, groups_of_B, groups_of_C;
+    long long u_batch, u_row, delta_batch, delta_row, z_batch, z_row, y_batch, y_row;         // row: stride of the slow axis
+    long long A_dim, A_state, D_dim, bias_dim, init_batch, init_dim, init_state;
+    long long B_batch, B_group, B_state, B_time, B_imag, C_batch, C_group, C_state, C_time, C_imag;
+    long long delta_softplus, first_block;
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_scan_fwd(const Params p) {
+    __shared__ Step steps[TILE][BLOCK_CHANNELS];
+    __shared__ Parts parts[TILE][BLOCK_CHANNELS];
+    __shared__ real skip[BLOCK_CHANNELS], bias[BLOCK_CHANNELS];        // D and delta_bias
+    __shared__ alignas(16) state_t B_tile[B_VARIES ? TILE * COEFFICIENT_PITCH : 1];
+    __shared__ alignas(16) state_t C_tile[C_VARIES ? TILE * COEFFICIENT_PITCH : 1];
+
+    const Block block(p.first_block + blockIdx.x, p.span, p.blocks_per_span, p.blocks_per_batch);
+    const long long b = block.b, c0 = block.c0;
+    const int channels = block.channels;
+    Coefficient<B_T> B = {p.B, p.B_state, p.B_time, p.B_imag};
+    Coefficient<C_T> C = {p.C, p.C_state, p.C_time, p.C_imag};
+    if (B_VARIES) B.base += b * p.B_batch + c0 / (p.dim / p.groups_of_B) * p.B_group;
+    if (C_VARIES) C.base += b * p.C_batch + c0 / (p.dim / p.groups_of_C) * p.C_group;
+
+    // ------------------------------------------------------------------------------------------ what a lane keeps
+    const int lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
+    state_t h[CHANNELS][SLOTS], rate[CHANNELS][SLOTS], B_kept[CHANNELS][SLOTS], C_kept[CHANNELS][SLOTS];
+#if ZOH
+    state_t A_kept[CHANNELS][SLOTS];
+#endif
+#pragma unroll
+    for (int k = 0; k < CHANNELS; ++k) {
+#pragma unroll
+        for (int i = 0; i < SLOTS; ++i) {
+            int n = lane * SLOTS + i;
+            long long c = c0 + k * GROUPS + group;
+            state_t a = {}, start = {}, b_const = {}, c_const = {};
+            if (k * GROUPS + group < channels && n < p.state) {
+                a = p.A[c * p.A_dim + n * p.A_state];
+                if (p.initial_state) start = p.initial_state[b * p.init_batch + c * p.init_dim + n * p.init_state];
+                if (!B_VARIES) b_const = reinterpret_cast<const state_t*>(p.B)[c * p.B_group + n * p.B_state];
+                if (!C_VARIES) c_const = reinterpret_cast<const state_t*>(p.C)[c * p.C_group + n * p.C_state];
+            }
+            h[k][i] = start;
+            rate[k][i] = rate_of(a);
+            B_kept[k][i] = b_const;
+            C_kept[k][i] = c_const;
+#if ZOH
+            A_kept[k][i] = a;
+#endif
+        }
+    }
+    // A copy of the states for the backward pass or the caller: `at` points to (batch, dim, state) of this block's entry.
+    auto write_states = [&](state_t* at) {
+#pragma unroll
+        for (int k = 0; k < CHANNELS; ++k) {
+#pragma unroll
+            for (int i = 0; i < SLOTS; ++i) {
+                int n = lane * SLOTS + i;
+                if (k * GROUPS + group < channels && n < p.state) at[(c0 + k * GROUPS + group) * p.state_total + n] = h[k][i];
+            }
+        }
+    };
+
+    // ------------------------------------------------------------------------------------------ loads of a tile
+    Pack<element, VECTOR> u_now[ITEMS], z_now[ITEMS], u_next[ITEMS], z_next[ITEMS], delta_next[ITEMS];
+    Raw<B_T> B_next[COEFFICIENTS_AHEAD ? COEFFICIENT_LOADS : 1];
+    Raw<C_T> C_next[COEFFICIENTS_AHEAD ? COEFFICIENT_LOADS : 1];
+    auto steps_in = [&](long long t0) { return p.length - t0 < TILE ? (int)(p.length - t0) : TILE; };
+    auto load = [&](long long t0) {
+        const element* u = p.u + b * p.u_batch + tile_offset(t0, c0, p.u_row);
+        const element* delta = p.delta + b * p.delta_batch + tile_offset(t0, c0, p.delta_row);
+        const element* z = p.z + b * p.z_batch + tile_offset(t0, c0, p.z_row);
+        const int tile_steps = steps_in(t0);
+#pragma unroll
+        for (int k = 0; k < ITEMS; ++k) {
+            Item item(k, channels, tile_steps);
+            u_next[k] = load_pack<element, VECTOR>(u + item.offset(p.u_row), item.valid);
+            delta_next[k] = load_pack<element, VECTOR>(delta + item.offset(p.delta_row), item.valid);
+            if (p.z) z_next[k] = load_pack<element, VECTOR>(z + item.offset(p.z_row), item.valid);
+        }
+        if (!COEFFICIENTS_AHEAD) return;
+#pragma unroll
+        for (int k = 0; k < (COEFFICIENTS_AHEAD ? COEFFICIENT_LOADS : 0); ++k) {
+            if (B_VARIES) B_next[k] = load_coefficient<B_TIME_FAST>(k, B, t0, tile_steps, (int)p.state);
+            if (C_VARIES) C_next[k] = load_coefficient<C_TIME_FAST>(k, C, t0, tile_steps, (int)p.state);
+        }
+    };
+
+    for (int c = threadIdx.x; c < BLOCK_CHANNELS; c += THREADS) {
+        skip[c] = p.D && c < channels ? p.D[(c0 + c) * p.D_dim] : real(0);
+        bias[c] = p.delta_bias && c < channels ? p.delta_bias[(c0 + c) * p.bias_dim] : real(0);
+    }
+    __syncthreads();
+
+    const long long tiles = (p.length + TILE - 1) / TILE, chunks = (p.length + CHUNK - 1) / CHUNK;
+    constexpr int AHEAD = REVERSE ? -TILE : TILE;
+    long long t0 = REVERSE ? (tiles - 1) * TILE : 0;
+    load(t0);
+    for (long long tile = 0; tile < tiles; ++tile, t0 += AHEAD) {
+        const int tile_steps = steps_in(t0);
+
+        // -------------------------------------------------------------------------------------- 1. before the recurrence
+#pragma unroll(COEFFICIENTS_AHEAD ? COEFFICIENT_LOADS : 2)
+        for (int k = 0; k < COEFFICIENT_LOADS; ++k) {
+            if (!COEFFICIENTS_AHEAD && B_VARIES) B_next[0] = load_coefficient<B_TIME_FAST>(k, B, t0, tile_steps, (int)p.state);
+            if (!COEFFICIENTS_AHEAD && C_VARIES) C_next[0] = load_coefficient<C_TIME_FAST>(k, C, t0, tile_steps, (int)p.state);
+            if (B_VARIES) stage_coefficient<B_TIME_FAST>(k, B_tile, B_next[COEFFICIENTS_AHEAD ? k : 0]);
+            if (C_VARIES) stage_coefficient<C_TIME_FAST>(k, C_tile, C_next[COEFFICIENTS_AHEAD ? k : 0]);
+        }
+#pragma unroll
+        for (int k = 0; k < ITEMS; ++k) {
+            Item item(k, channels, tile_steps);
+            real dt[VECTOR];
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) dt[j] = to_real(delta_next[k].get(j)) + bias[item.channel(j) % BLOCK_CHANNELS];
+            if (p.delta_softplus) {
+#pragma unroll
+                for (int j = 0; j < VECTOR; ++j) dt[j] = softplus(dt[j]);
+            }
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) {
+                if (j >= item.valid) dt[j] = 0;                        // after softplus: a step of 0 leaves h as it is
+                Step step = {dt[j], dt[j] * to_real(u_next[k].get(j))};
+                if (item.in_tile(k)) steps[item.row(j)][column<sizeof(Step)>(item.channel(j), item.first_row())] = step;
+            }
+            u_now[k] = u_next[k];
+            z_now[k] = z_next[k];
+        }
+        __syncthreads();
+        if (tile + 1 < tiles) load(t0 + AHEAD);
+
+        // -------------------------------------------------------------------------------------- 2. the recurrence
+        bool chunk_begins = REVERSE ? (t0 + TILE) % CHUNK == 0 || tile == 0 : t0 % CHUNK == 0;
+        if (p.states && chunk_begins) write_states(p.states + (b * chunks + t0 / CHUNK) * p.dim * p.state_total);
+        // Rows past the end have dt = 0: whole rounds of them are left out, a rest of a round does no harm.
+        const int first_row = REVERSE ? (TILE - tile_steps) / UNROLL * UNROLL : 0;
+        const int end_row = REVERSE ? TILE : tile_steps;
+#pragma unroll 1
+        for (int t_round = first_row; t_round < end_row; t_round += UNROLL) {
+#pragma unroll
+            for (int j = 0; j < UNROLL; ++j) {
+                int t = t_round + j;
+                int t_column = !TIME_CONTIGUOUS || VECTOR % UNROLL == 0 ? t_round : t;        // same column, known sooner
+                state_t Bt[SLOTS], Ct[SLOTS];
+#pragma unroll
+                for (int i = 0; i < SLOTS; ++i) {
+                    if (B_VARIES) Bt[i] = B_tile[t * COEFFICIENT_PITCH + lane * SLOTS + i];
+                    if (C_VARIES) Ct[i] = C_tile[t * COEFFICIENT_PITCH + lane * SLOTS + i];
+                }
+#pragma unroll
+                for (int k = 0; k < CHANNELS; ++k) {
+                    Step s = steps[t][column<sizeof(Step)>(k * GROUPS + group, t_column)];
+                    real part = 0;
+#pragma unroll
+                    for (int i = 0; i < SLOTS; ++i) {
+                        state_t a = decay(s.dt, rate[k][i]);
+                        state_t input = s.dtu * (B_VARIES ? Bt[i] : B_kept[k][i]);
+#if ZOH
+                        input = input * phi(s.dt * A_kept[k][i], a);
+#endif
+                        h[k][i] = multiply_add(a, h[k][i], input);
+                        part = real_product(h[k][i], C_VARIES ? Ct[i] : C_kept[k][i], part);
+                    }
+#pragma unroll
+                    for (int step = LANES / 2; step >= 4; step /= 2) part += __shfl_xor_sync(~0u, part, step);
+                    if (LANES <= 4 || lane < PARTS)
+                        parts[t][column<sizeof(Parts)>(k * GROUPS + group, t_column)].at[lane % PARTS] = part;
+                }
+            }
+        }
+        __syncthreads();
+
+        // -------------------------------------------------------------------------------------- 3. after the recurrence
+#pragma unroll
+        for (int k = 0; k < ITEMS; ++k) {
+            Item item(k, channels, tile_steps);
+            if (!item.in_tile(k)) continue;
+            long long at = b * p.y_batch + tile_offset(t0, c0, p.y_row) + item.offset(p.y_row);
+            real sum[VECTOR];
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) {
+                Parts part = parts[item.row(j)][column<sizeof(Parts)>(item.channel(j), item.first_row())];
+                sum[j] = part.at[0];
+#pragma unroll
+                for (int i = 1; i < PARTS; ++i) sum[j] += part.at[i];
+                if (COMPLEX) sum[j] *= real(2);
+            }
+            if (p.parts_in) {
+#pragma unroll
+                for (int j = 0; j < VECTOR; ++j) if (j < item.valid) sum[j] += p.parts_in[at + j];
+            }
+            if (p.parts_out) {
+#pragma unroll
+                for (int j = 0; j < VECTOR; ++j) if (j < item.valid) p.parts_out[at + j] = sum[j];
+                continue;
+            }
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) sum[j] += skip[item.channel(j)] * to_real(u_now[k].get(j));
+            if (p.z) {
+#pragma unroll
+                for (int j = 0; j < VECTOR; ++j) {
+                    real gate = to_real(z_now[k].get(j));
+                    sum[j] *= gate * sigmoid(gate);
+                }
+            }
+            Pack<element, VECTOR> out;
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) {
+                element rounded;
+                from_real(sum[j], rounded);
+                out.set(j, rounded);
+            }
+            store_pack<element, VECTOR>(p.y + at, out, item.valid);
+        }
+    }
+    write_states(p.last_state + b * p.dim * p.state_total);
+}

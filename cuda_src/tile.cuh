@@ -1,0 +1,153 @@
+// tile.cuh: how a block of the scan kernels lays out its work. Both directions of the scan agree on this file.
+//
+// A block owns BLOCK_CHANNELS channels of one batch entry and holds TILE steps of them at a time, in shared memory, as rows of
+// BLOCK_CHANNELS columns. Rows are in the order in which time is walked (`reverse` turns them here and nowhere else).
+// Two kinds of work meet in such a tile:
+//   element by element   in the memory order of u: an item is VECTOR neighbouring elements, moved by one instruction;
+//   step by step         LANES neighbouring lanes hold the states of CHANNELS channels, SLOTS states of each in every lane.
+//
+// Compile-time: COMPLEX REVERSE TIME_CONTIGUOUS VECTOR LANES SLOTS CHANNELS TILE THREADS, and the element types U_T B_T C_T.
+#pragma once
+#include "common.cuh"
+
+typedef U_T element;
+typedef decltype(to_real(element())) real;
+#if COMPLEX
+typedef Complex<real> state_t;
+#else
+typedef real state_t;
+#endif
+
+constexpr int CHUNK = 64;                                              // steps between the states kept for backward
+constexpr int GROUPS = THREADS / LANES;                                // lane groups in a block
+constexpr int BLOCK_CHANNELS = GROUPS * CHANNELS;
+constexpr int STATES = LANES * SLOTS;                                  // padded: states past `state` have A = B = C = 0
+constexpr int ALL_ITEMS = BLOCK_CHANNELS * TILE / VECTOR;
+constexpr int ITEMS = (ALL_ITEMS + THREADS - 1) / THREADS;             // per thread
+
+// ---------------------------------------------------------------------------------------------- items
+struct Item {
+    int c, t;                                                          // channel and step of its first element in the tile
+    int valid;                                                         // how many of its elements exist
+
+    // Item k of this thread, in a tile of which `channels` channels and `steps` steps exist.
+    DEVICE Item(int k, int channels, int steps) {
+        int index = threadIdx.x + k * THREADS;
+#if TIME_CONTIGUOUS
+        c = index / (TILE / VECTOR);
+        t = index % (TILE / VECTOR) * VECTOR;
+        valid = c < channels ? steps - t : 0;
+#else
+        t = index / (BLOCK_CHANNELS / VECTOR);
+        c = index % (BLOCK_CHANNELS / VECTOR) * VECTOR;
+        valid = t < steps ? channels - c : 0;
+#endif
+        if (ALL_ITEMS % THREADS != 0 && index >= ALL_ITEMS) valid = 0;
+    }
+    DEVICE bool in_tile(int k) const { return ALL_ITEMS % THREADS == 0 || (int)threadIdx.x + k * THREADS < ALL_ITEMS; }
+
+    DEVICE int channel(int j) const { return TIME_CONTIGUOUS ? c : c + j; }                   // of its element j
+    DEVICE int row(int j) const { int s = TIME_CONTIGUOUS ? t + j : t; return REVERSE ? TILE - 1 - s : s; }
+    DEVICE int first_row() const { return TIME_CONTIGUOUS && REVERSE ? TILE - VECTOR - t : row(0); }
+
+    // Where it lies relative to the tile's first element; `stride` steps the slow axis.
+    DEVICE long long offset(long long stride) const { return TIME_CONTIGUOUS ? c * stride + t : t * stride + c; }
+};
+
+DEVICE long long tile_offset(long long t0, long long c0, long long stride) {
+    return TIME_CONTIGUOUS ? c0 * stride + t0 : t0 * stride + c0;
+}
+
+// Column of channel c in row t of a shared tile with entries of BYTES bytes. The items of neighbouring threads differ in t (or
+// c) by VECTOR, which would put them into the same banks; the XOR spreads them. It permutes a row, so readers and writers only
+// have to agree. All rows of one item share its permutation.
+template <int BYTES>
+DEVICE int column(int c, int t) {
+    constexpr int SIZE = BYTES < 16 ? BYTES : 16, PER_LINE = 128 / SIZE;                      // entries in all 32 banks
+#if TIME_CONTIGUOUS
+    constexpr int ROWS = TILE / VECTOR;                                // items that share a channel
+    constexpr int SPREAD = ROWS < PER_LINE ? PER_LINE / ROWS : 1;
+    return c ^ (((t / VECTOR) % PER_LINE * SPREAD) & (BLOCK_CHANNELS - 1));
+#else
+    constexpr int UNITS = VECTOR * SIZE < 16 ? 1 : VECTOR * SIZE / 16;  // 16-byte accesses an item makes
+    return c ^ (((c / PER_LINE) & (UNITS - 1)) * (16 / SIZE) & (BLOCK_CHANNELS - 1));
+#endif
+}
+
+// ---------------------------------------------------------------------------------------------- B and C
+// A tile of B or C as states: rows of COEFFICIENT_PITCH, of which 16 bytes are padding against bank conflicts.
+constexpr int COEFFICIENT_PITCH = STATES + (sizeof(state_t) * STATES >= 16 ? 16 / (int)sizeof(state_t) : 0);
+constexpr int COEFFICIENT_LOADS = (TILE * STATES + THREADS - 1) / THREADS;                    // per thread
+
+template <typename T>
+struct Raw {                                                           // a value of B or C as it lies in memory
+    T re;
+#if COMPLEX
+    T im;
+    DEVICE state_t value() const { return {to_real(re), to_real(im)}; }
+#else
+    DEVICE state_t value() const { return to_real(re); }
+#endif
+};
+
+template <typename T>
+struct Coefficient {                                                   // B or C, for one batch entry and group
+    const T* base;
+    long long state_stride, time_stride, imag;                         // imag: distance from real to imaginary part
+
+    DEVICE Raw<T> at(int n, long long t, bool inside) const {
+        Raw<T> raw = {};
+        if (inside) {
+            const T* from = base + n * state_stride + t * time_stride;
+            raw.re = from[0];
+#if COMPLEX
+            raw.im = from[imag];
+#endif
+        }
+        return raw;
+    }
+};
+
+// Entry number `index` of a tile of B or C. Neighbouring threads take neighbours in memory; where time is contiguous, in
+// patches of 8 steps x 4 states, because with the padded pitch such a patch touches every bank of shared memory once.
+template <bool TIME_FAST>
+DEVICE void coefficient_position(int index, int& t, int& n) {
+    constexpr int N = STATES < 4 ? STATES : 4, T = TILE < 8 ? TILE : 8;
+    if (TIME_FAST) {
+        t = index % T + index / (T * STATES) * T;
+        n = index / T % N + index / (T * N) % (STATES / N) * N;
+    } else {
+        t = index / STATES;
+        n = index % STATES;
+    }
+}
+
+template <bool TIME_FAST, typename T>
+DEVICE Raw<T> load_coefficient(int k, const Coefficient<T>& x, long long t0, int steps, int states) {
+    int index = threadIdx.x + k * THREADS, t, n;
+    coefficient_position<TIME_FAST>(index, t, n);
+    return x.at(n, t0 + t, n < states && t < steps && (TILE * STATES % THREADS == 0 || index < TILE * STATES));
+}
+
+template <bool TIME_FAST, typename T>
+DEVICE void stage_coefficient(int k, state_t* tile, const Raw<T>& raw) {
+    int index = threadIdx.x + k * THREADS, t, n;
+    coefficient_position<TIME_FAST>(index, t, n);
+    if (TILE * STATES % THREADS == 0 || index < TILE * STATES)
+        tile[(REVERSE ? TILE - 1 - t : t) * COEFFICIENT_PITCH + n] = raw.value();
+}
+
+// ---------------------------------------------------------------------------------------------- channels of a block
+struct Block {
+    long long b, c0;                                                   // batch entry and first channel
+    int channels;                                                      // how many of BLOCK_CHANNELS exist
+
+    // A span is a run of channels that share their groups of B and of C; no block crosses its border.
+    DEVICE Block(long long index, long long span, long long blocks_per_span, long long blocks_per_batch) {
+        long long within = index % blocks_per_batch;
+        b = index / blocks_per_batch;
+        c0 = within / blocks_per_span * span + within % blocks_per_span * BLOCK_CHANNELS;
+        long long left = (within / blocks_per_span + 1) * span - c0;
+        channels = left < BLOCK_CHANNELS ? (int)left : BLOCK_CHANNELS;
+    }
+};

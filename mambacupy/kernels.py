@@ -1,0 +1,139 @@
+"""From a `.cu` file to a launched kernel: read, specialise, compile, cache, launch.
+
+The only file that knows `cupy.RawModule` and NVRTC. A kernel file is one self-contained text: `#include` of our own headers
+is expanded here, so CuPy's disk cache (which hashes the text it is given, but not what that text includes) recompiles when
+a header changes, and no include path is needed. What changes a kernel's inner loop is a `#define` in front of that text.
+
+A kernel file declares `struct Params`, whose members are all 8 bytes wide (pointers and `long long`), and takes it as its
+only argument. The struct is the single list of arguments: `Kernel.__call__` takes them by name and packs them in its order.
+"""
+
+import functools
+import hashlib
+import re
+import struct
+from pathlib import Path
+
+import numpy as np
+
+OPTIONS = ("-std=c++17",)
+ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
+"""Compute capabilities that the kernels are compiled for by the tests."""
+
+C_TYPES = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float", "float64": "double"}
+"""Element types by the names that `arrays.dtype_name` gives, as `common.cuh` calls them."""
+
+MAX_BLOCKS = 2**31 - 1
+"""Blocks in one launch along grid.x, the only grid axis we use."""
+
+
+def source_folder():
+    """Folder of the `.cu` files: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "cuda_src", package.parent / "cuda_src"):
+        if (folder / "common.cuh").is_file():
+            return folder
+    raise FileNotFoundError(
+        f"mambacupy: no CUDA sources in {package / 'cuda_src'} or {package.parent / 'cuda_src'}; "
+        "reinstall with `pip install --force-reinstall mambacupy`"
+    )
+
+
+def digest():
+    """SHA-256 of all CUDA sources: names the kernels that a record was measured on."""
+    content = hashlib.sha256()
+    for path in sorted(source_folder().iterdir()):
+        if path.suffix in (".cu", ".cuh"):
+            content.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return content.hexdigest()
+
+
+def read_source(file):
+    """Text of a kernel file with our headers in place; compile errors still name the file and line they stand in."""
+    text = (source_folder() / file).read_text(encoding="utf-8")
+    parts = [f'#line 1 "{file}"']
+    for number, line in enumerate(text.splitlines(), 1):
+        include = re.fullmatch(r'\s*#include "(\w+\.cuh)"\s*', line)
+        if include:
+            parts += [read_source(include[1]).replace("#pragma once\n", "\n"), f'#line {number + 1} "{file}"']
+        else:
+            parts.append(line)
+    return "\n".join(parts) + "\n"
+
+
+def specialise(file, constants):
+    """Text handed to the compiler: one `#define` a constant, then the kernel."""
+    return "".join(f"#define {name} {value}\n" for name, value in constants.items()) + read_source(file)
+
+
+def parameter_names(source):
+    """Names of the members of `struct Params`, in order."""
+    body = re.search(r"struct Params \{(.*?)\n\};", source, re.DOTALL)[1]
+    statements = re.sub(r"//.*", "", body).split(";")
+    return tuple(re.search(r"(\w+)\s*$", name)[1] for s in statements if s.strip() for name in s.split(","))
+
+
+def compile_for(architecture, source):
+    """Compile for an architecture such as "90" without a GPU.
+
+    Returns
+    -------
+    (bytes, str)
+        The machine code, and the assembler's report with registers and spills of each kernel.
+    """
+    from cupy.cuda import nvrtc
+
+    program = nvrtc.createProgram(source, "mambacupy.cu", (), ())
+    options = (*OPTIONS, "-ftz=true", "-default-device", f"-arch=sm_{architecture}", "--ptxas-options=-v")
+    try:
+        nvrtc.compileProgram(program, options)
+        return nvrtc.getCUBIN(program), nvrtc.getProgramLog(program)
+    except nvrtc.NVRTCError as error:
+        raise RuntimeError(f"sm_{architecture}: {error}\n{nvrtc.getProgramLog(program)}") from None
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+def address(array):
+    """Device pointer of an array as an integer; 0 for None."""
+    return 0 if array is None else array.data.ptr
+
+
+class Kernel:
+    """A compiled kernel. Compiles on its first call on each device."""
+
+    def __init__(self, file, name, constants):
+        import cupy
+
+        source = specialise(file, constants)
+        self.names = parameter_names(source)
+        self._pack = struct.Struct(f"{len(self.names)}q").pack
+        self._type = np.dtype((np.void, 8 * len(self.names)))
+        self._raw = cupy.RawModule(code=source, options=OPTIONS).get_function(name)
+
+    def __call__(self, blocks, threads, params):
+        """Launch on the current device and stream, without synchronising.
+
+        Parameters
+        ----------
+        blocks, threads : int
+            Size of the grid and of a block. More blocks than one launch can have become several launches; the kernel adds
+            `first_block` to its block index.
+        params : dict
+            Value of every member of `Params` but `first_block`: arrays, None (a null pointer) or integers.
+        """
+        for first in range(0, blocks, MAX_BLOCKS):
+            values = params | {"first_block": first}
+            packed = self._pack(*[v if type(v) is int else address(v) for v in map(values.__getitem__, self.names)])
+            argument = np.frombuffer(packed, dtype=self._type)
+            self._raw((min(blocks - first, MAX_BLOCKS),), (threads,), (argument,))
+
+
+@functools.cache
+def _kernel(file, name, constants):
+    return Kernel(file, name, dict(constants))
+
+
+def get(file, name, constants):
+    """The kernel `name` of `file`, specialised by `constants` (a dict); from memory where it was asked for before."""
+    return _kernel(file, name, tuple(constants.items()))
