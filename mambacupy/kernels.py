@@ -21,7 +21,7 @@ ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
 """Compute capabilities that the kernels are compiled for by the tests."""
 
 C_TYPES = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float", "float64": "double"}
-"""Element types by the names that `arrays.dtype_name` gives, as `common.cuh` calls them."""
+"""Element types by the names of their dtypes, as common.cuh calls them."""
 
 MAX_BLOCKS = 2**31 - 1
 """Blocks in one launch along grid.x, the only grid axis we use."""

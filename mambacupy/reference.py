@@ -24,7 +24,10 @@ CHUNK = 64
 """Steps between the states that are kept for the backward pass."""
 
 BLOCK_STATES = 4096
-"""Numbers that one step of a block updates: enough to outweigh a NumPy call, few enough for a block to stay in cache."""
+"""Numbers that one step of a block updates: enough to outweigh the overhead of a NumPy call."""
+
+CACHED_STATES = 8 * BLOCK_STATES
+"""Numbers that a buffer of several steps holds: few enough to stay in cache."""
 
 
 class SelectiveScanSaved(NamedTuple):
@@ -141,8 +144,8 @@ class _Scan:
                 for b in range(0, args.batch, rows):
                     yield slice(b, min(b + rows, args.batch)), slice(c, min(c + width, first + span))
 
-    def time_blocks(self, longest=CHUNK):
-        """(slice of walked time, chunk it lies in, whether it begins the chunk); chunks are those of memory's time."""
+    def chunks(self):
+        """Pairs of a slice of walked time and the chunk of memory's time that it is, in the order in which they are walked."""
         length = self.args.length
         chunks = -(-length // CHUNK)
         for walked in range(chunks):
@@ -150,8 +153,7 @@ class _Scan:
             begin, end = chunk * CHUNK, min((chunk + 1) * CHUNK, length)
             if self.reverse:
                 begin, end = length - end, length - begin
-            for t in range(begin, end, longest):
-                yield slice(t, min(t + longest, end)), chunk, t == begin
+            yield slice(begin, end), chunk
 
     def tensor(self, x, rows, channels, time):
         """A block of u, delta or z, time first."""
@@ -238,24 +240,29 @@ def _forward(
             h = np.zeros((rows.stop - rows.start, *A_block.shape), A.dtype)  # (R, N, W)
             if initial_state is not None:
                 h[...] = initial_state[rows, channels].swapaxes(1, 2)  # (R, W, N) -> (R, N, W)
-            longest = max(1, min(CHUNK, 8 * BLOCK_STATES // h.size))
-            buffers = np.empty((2, longest, *h.shape), A.dtype)
+            few = max(1, min(CHUNK, CACHED_STATES // h.size))  # steps whose Ā and b stay in cache
+            buffers = np.empty((2, few, *h.shape), A.dtype)
             scratch = np.empty_like(h)
-            for time, chunk, begins in scan.time_blocks(longest):
-                if save and begins:
+            for time, chunk in scan.chunks():
+                if save:
                     states[rows, chunk, channels] = h.swapaxes(1, 2)  # (R, N, W) -> (R, W, N)
-                steps = time.stop - time.start
-                x = scan.tensor(scan.u, rows, channels, time)
+                x = scan.tensor(scan.u, rows, channels, time)  # (T, R, W)
                 dt, _ = scan.step(rows, channels, time)
-                B_block = scan.coefficient("B", rows, channels, time)
-                decay, hs = scan.decay_and_input(dt, x, B_block, A_block, out=buffers[:, :steps])
-                h = _advance(h, decay, hs, scratch).copy()
-                out = scan.read_out(hs, scan.coefficient("C", rows, channels, time))
+                B_t = scan.coefficient("B", rows, channels, time)
+                C_t = scan.coefficient("C", rows, channels, time)
+                out = np.empty_like(x)
+                for t in range(0, len(x), few):
+                    now = slice(t, min(t + few, len(x)))
+                    decay, hs = scan.decay_and_input(
+                        dt[now], x[now], B_t[_steps(B_t, now)], A_block, out=buffers[:, : now.stop - t]
+                    )
+                    h[...] = _advance(h, decay, hs, scratch)
+                    out[now] = scan.read_out(hs, C_t[_steps(C_t, now)])
                 if D is not None:
                     out += D[channels] * x
                 if z is not None:
                     gate = scan.tensor(scan.z, rows, channels, time)
-                    out *= gate * sigmoid(gate)
+                    out *= gate / (1 + np.exp(-gate))
                 y_walked[rows, channels, time] = out.transpose(1, 2, 0)  # (T, R, W) -> (R, W, T)
             last_state[rows, channels] = h.swapaxes(1, 2)  # (R, N, W) -> (R, W, N)
 
@@ -263,6 +270,11 @@ def _forward(
         u, delta, A, B, C, D, z, delta_bias, initial_state, states, delta_softplus, reverse, discretization
     )
     return y, last_state, saved
+
+
+def _steps(coefficient, steps):
+    """Index of some steps of a block's B or C; one that is constant (N, W) has no steps."""
+    return ... if coefficient.ndim == 2 else steps
 
 
 def _like(u):
@@ -311,7 +323,7 @@ def selective_scan_bwd(dy, saved, dlast_state=None):
             carry = np.zeros((rows.stop - rows.start, *A_block.shape), A.dtype)  # (R, N, W)
             if dlast_state is not None:
                 carry[...] = dlast_state[rows, channels].swapaxes(1, 2)  # (R, W, N) -> (R, N, W)
-            for time, chunk, _ in reversed(list(scan.time_blocks())):
+            for time, chunk in reversed(list(scan.chunks())):
                 x = scan.tensor(scan.u, rows, channels, time)  # (T, R, W), as all tensors below without a comment
                 dt, dhat = scan.step(rows, channels, time)
                 B_t = scan.coefficient("B", rows, channels, time)

@@ -130,11 +130,12 @@ def _scan(
 ):
     args = checks.selective_scan(operation, u, delta, A, B, C, D, z, delta_bias, initial_state, discretization)
     if args.xp.__name__ == "numpy":
-        run = reference.selective_scan_fwd if save else reference.selective_scan_last_state
-        return run(
-            u, delta, A, B, C, D, z, delta_bias,
-            delta_softplus=delta_softplus, initial_state=initial_state, reverse=reverse, discretization=discretization,
-        )  # fmt: skip
+        options = {"delta_softplus": delta_softplus, "initial_state": initial_state, "reverse": reverse}
+        options["discretization"] = discretization
+        if save:
+            return reference.selective_scan_fwd(u, delta, A, B, C, D, z, delta_bias, **options)
+        y, last_state = reference.selective_scan(u, delta, A, B, C, D, z, delta_bias, return_last_state=True, **options)
+        return y, last_state, None
     with args.u.device:
         y, last_state, states = _launch(args, delta_softplus, reverse, save)
     saved = SelectiveScanSaved(
@@ -144,22 +145,28 @@ def _scan(
 
 
 # ---------------------------------------------------------------------------------------------------- the kernel's launch
-def _mapping(state, compute_bytes, complex_states):
+ENOUGH_WARPS = 1024
+"""Two warps for each scheduler of a large GPU: below this, a channel's states are spread over more lanes."""
+
+
+def _mapping(channels, state, compute_bytes, complex_states):
     """How a channel's states are spread over lanes, and how much of the sequence a block holds at a time.
 
-    Four states a lane and two channels a lane: enough independent work to hide latencies, each B and C read from shared
-    memory serves two channels, and 16 states still leave many warps (see the head of selective_scan_fwd.cu).
+    Eight states a lane (four complex ones) are enough independent work to hide the latencies of one step, and leave little to
+    add up across lanes. Where there are few channels, more lanes with fewer states each keep the GPU busier.
     """
-    slots = min(4, _power_of_two(state))
-    lanes = min(32, _power_of_two(-(-state // slots)))
-    slots = max(slots, _power_of_two(-(-state // lanes)))
-    channels = 2 if lanes >= 4 and slots * (2 if complex_states else 1) <= 8 else 1
-    threads = 128
-    block_channels = threads // lanes * channels
     state_bytes = compute_bytes * (2 if complex_states else 1)
-    # Three limits keep shared memory under 48 KiB: items of phase 1, the tiles of B and C, and 32 steps.
+    slots = min(4 if complex_states else 8, _power_of_two(state))
+    lanes = _power_of_two(-(-state // slots))
+    while slots > 1 and lanes < 32 and channels * lanes < 32 * ENOUGH_WARPS:
+        slots, lanes = slots // 2, lanes * 2
+    slots = max(slots, _power_of_two(-(-state // 32)))
+    lanes = min(lanes, 32)
+    threads = 128
+    block_channels = threads // lanes
+    # Three limits keep shared memory under 48 KiB: the elements of a tile, the values of B and C in it, and 32 steps.
     tile = min(32, 4096 // compute_bytes // block_channels, 8192 // (lanes * slots * state_bytes))
-    return {"LANES": lanes, "SLOTS": slots, "CHANNELS": channels, "TILE": tile, "THREADS": threads, "BLOCKS_PER_SM": 3}
+    return {"LANES": lanes, "SLOTS": slots, "CHANNELS": 1, "TILE": tile, "THREADS": threads, "BLOCKS_PER_SM": 3}
 
 
 def _power_of_two(n):
@@ -197,27 +204,24 @@ def _widest_access(tile, axis, tensors):
     return vector
 
 
-def _coefficient(name, x, groups, complex_states, state, length):
+def _coefficient(name, x, groups, complex_states):
     """Constants and parameters by which the kernel finds B or C.
 
     Complex values are pairs of reals, either side by side (complex arrays) or `imag` apart (the interleaved real layout).
     """
-    size = x.itemsize
+    strides = [s // x.itemsize for s in x.strides]
     if groups == 0:
-        strides = dict(zip(("group", "state"), (s // size for s in x.strides), strict=True))
-        strides |= {"batch": 0, "time": 0, "imag": 0}
-        element = arrays.real_of(x.dtype).name
-        time_fast = 1
+        strides = {"batch": 0, "group": strides[0], "state": strides[1], "time": 0, "imag": 0}
     else:
-        batch, group, state_stride, time = (s // size for s in x.strides)
         imag = 0
         if complex_states and x.dtype.kind == "c":
-            batch, group, state_stride, time, imag = 2 * batch, 2 * group, 2 * state_stride, 2 * time, 1
+            *strides, imag = *(2 * s for s in strides), 1
         elif complex_states:
-            time, imag = 2 * time, time
-        strides = {"batch": batch, "group": group, "state": state_stride, "time": time, "imag": imag}
-        element = arrays.real_of(x.dtype).name
-        time_fast = int(abs(time) <= abs(state_stride))
+            imag = strides[3]
+            strides[3] *= 2
+        strides = dict(zip(("batch", "group", "state", "time", "imag"), (*strides, imag), strict=True))
+    element = arrays.real_of(x.dtype).name
+    time_fast = int(abs(strides["time"]) <= abs(strides["state"]))
     constants = {f"{name}_T": kernels.C_TYPES[element], f"{name}_VARIES": int(groups > 0), f"{name}_TIME_FAST": time_fast}
     params = {f"{name}_{key}": value for key, value in strides.items()} | {f"groups_of_{name}": groups or 1}
     return constants, params
@@ -238,9 +242,9 @@ def _launch(args, delta_softplus, reverse, save):
         return y, last_state, states
 
     slice_of_states = _slice_of_states(real.itemsize, args.complex)
-    mapping = _mapping(min(state, slice_of_states), real.itemsize, args.complex)
-    B_constants, B_params = _coefficient("B", args.B, args.groups_B, args.complex, state, length)
-    C_constants, C_params = _coefficient("C", args.C, args.groups_C, args.complex, state, length)
+    mapping = _mapping(batch * dim, min(state, slice_of_states), real.itemsize, args.complex)
+    B_constants, B_params = _coefficient("B", args.B, args.groups_B, args.complex)
+    C_constants, C_params = _coefficient("C", args.C, args.groups_C, args.complex)
     tensors = [x for x in (u, delta, z, y) if x is not None]
     constants = {
         "U_T": kernels.C_TYPES[u.dtype.name],
