@@ -168,21 +168,21 @@ template <typename R>
 DEVICE R sigmoid(R x) { return reciprocal(R(1) + exp2_fast(x * R(-LOG2_E))); }
 DEVICE double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
 
-// sin and cos of 2·pi·x. x is reduced exactly, so the error stays 1e-7 for any angle a float can tell apart.
-DEVICE void sincos_turns(float x, float& sine, float& cosine) {
-    float quarter = rintf(4.0f * x);
-    float r = fmaf(quarter, -0.25f, x), s = r * r;                     // |r| <= 1/8
-    float p = fmaf(s, fmaf(s, fmaf(s, -75.39356282f, 81.59235357f), -41.34166146f), 6.28318529f) * r;
-    float q = fmaf(s, fmaf(s, fmaf(s, fmaf(s, 59.20279607f, -85.44229798f), 64.93931074f), -19.73920863f), 1.0f);
-    int k = (int)(quarter - 4.0f * floorf(0.25f * quarter));           // quarter turns, 0 to 3
-    float a = (k & 1) ? q : p, b = (k & 1) ? p : q;
+// sin and cos of the exact product step·A, reduced by multiples of pi/2 in two parts; error 1e-7 for any angle.
+DEVICE void sincos_product(float step, float A, float& sine, float& cosine) {
+    float x = step * A;
+    float lost = fmaf(step, A, -x);                                    // what the rounding of the product dropped
+    float q = rintf(x * 0.636619772f);
+    float r = fmaf(q, 4.37113883e-8f, fmaf(q, -1.57079637f, x)) + lost, s = r * r;            // |r| <= pi/4
+    float p = fmaf(r * s, fmaf(s, fmaf(s, -1.9515295891e-4f, 8.3321608736e-3f), -1.6666654611e-1f), r);
+    float c = fmaf(s * s, fmaf(s, fmaf(s, 2.443315711809948e-5f, -1.388731625493765e-3f), 4.166664568298827e-2f),
+                   fmaf(s, -0.5f, 1.0f));
+    int k = (int)(q - 4.0f * floorf(0.25f * q));                       // quarter turns, 0 to 3
+    float a = (k & 1) ? c : p, b = (k & 1) ? p : c;
     sine = (k & 2) ? -a : a;
     cosine = ((k + 1) & 2) ? -b : b;
 }
-DEVICE void sincos_turns(double x, double& sine, double& cosine) {
-    sine = sin(6.283185307179586 * (x - rint(x)));
-    cosine = cos(6.283185307179586 * (x - rint(x)));
-}
+DEVICE void sincos_product(double step, double A, double& sine, double& cosine) { sincos(step * A, &sine, &cosine); }
 
 // ---------------------------------------------------------------------------------------------- complex numbers
 template <typename R>
@@ -210,17 +210,17 @@ DEVICE double conj(double a) { return a; }
 // ---------------------------------------------------------------------------------------------- discretisation
 // A rate is what a lane keeps of an entry of A, so that the inner loop multiplies once and exponentiates.
 //   real:     A·log2(e)
-//   complex:  (Re A·log2(e), Im A/2·pi): the decay in octaves, the angle in turns
+//   complex:  (Re A·log2(e), Im A)
 DEVICE float rate_of(float A) { return A * (float)LOG2_E; }
 DEVICE double rate_of(double A) { return A * LOG2_E; }
-template <typename R> DEVICE Complex<R> rate_of(Complex<R> A) { return {A.re * R(LOG2_E), A.im * R(0.15915494309189535)}; }
+template <typename R> DEVICE Complex<R> rate_of(Complex<R> A) { return {A.re * R(LOG2_E), A.im}; }
 
 // exp(Δ·A)
 DEVICE float decay(float step, float rate) { return exp2_fast(step * rate); }
 DEVICE double decay(double step, double rate) { return exp2_fast(step * rate); }
 template <typename R> DEVICE Complex<R> decay(R step, Complex<R> rate) {
     R magnitude = exp2_fast(step * rate.re), sine, cosine;
-    sincos_turns(step * rate.im, sine, cosine);
+    sincos_product(step, rate.im, sine, cosine);
     return {magnitude * cosine, magnitude * sine};
 }
 

@@ -1,19 +1,22 @@
 """The gate every argument passes, and its wording.
 
-A check looks at attributes only: no device is touched, and a message is put together only when it is raised. Errors say what
-came, what was wanted and, where there is one, what to write instead. TypeError is for kinds and dtypes, ValueError for shapes.
+A check reads attributes and nothing else: no device is touched, nothing is copied, and a message is put together only when it
+is raised. A message says what came, what was wanted and, where there is one, what to write instead. TypeError is for kinds and
+dtypes, ValueError for shapes and values.
 """
 
 from typing import Any, NamedTuple
 
-from mambacupy import arrays
+import numpy as np
 
-_FLOATS = frozenset(arrays.FLOAT_DTYPES.values())
-_A_DTYPES = {
-    arrays.FLOAT32: frozenset((arrays.FLOAT32, arrays.COMPLEX64)),
-    arrays.FLOAT64: frozenset((arrays.FLOAT64, arrays.COMPLEX128)),
-}
-DISCRETIZATIONS = ("euler", "zoh")
+from mambacupy import arrays
+from mambacupy.arrays import BFLOAT16, COMPLEX64, COMPLEX128, FLOAT32, FLOAT64, dtype_name
+
+_FLOATS = tuple(arrays.FLOAT_DTYPES.values())
+_UP_TO_32_BITS = _FLOATS[:3]
+
+_RULES = dict.fromkeys(_UP_TO_32_BITS, (FLOAT32, COMPLEX64, _UP_TO_32_BITS)) | {FLOAT64: (FLOAT64, COMPLEX128, (FLOAT64,))}
+"""What u's dtype asks of the others: dtype of the parameters, of a complex A, and those of real varying B and C."""
 
 
 class ScanArguments(NamedTuple):
@@ -40,28 +43,6 @@ class ScanArguments(NamedTuple):
     zoh: bool
 
 
-def _shape(operation, name, x, wanted, meaning):
-    if x.shape != wanted:
-        raise ValueError(f"{operation}: {name} has shape {x.shape}, wanted {meaning} = {wanted}")
-
-
-def _dtype(operation, name, x, wanted, because):
-    if x.dtype != wanted:
-        raise TypeError(f"{operation}: {name} is {x.dtype.name}, wanted {wanted.name}, {because}; write {name}.astype({wanted.name!r})")
-
-
-def _float_tensor(operation, name, x):
-    if x.dtype not in _FLOATS:
-        if not x.dtype.isnative and x.dtype.newbyteorder("=") in _FLOATS:
-            raise TypeError(
-                f"{operation}: {name} is {x.dtype.name} in foreign byte order; write {name}.astype({x.dtype.name!r})"
-            )
-        raise TypeError(
-            f"{operation}: {name} is {x.dtype.name}, wanted float16, bfloat16, float32 or float64; "
-            f"write for instance {name}.astype('float32')"
-        )
-
-
 def selective_scan(operation, u, delta, A, B, C, D, z, delta_bias, initial_state, discretization):
     """Check the arguments of a selective scan.
 
@@ -74,108 +55,205 @@ def selective_scan(operation, u, delta, A, B, C, D, z, delta_bias, initial_state
     TypeError, ValueError
         As `mambacupy.selective_scan` documents.
     """
+    if u is None or delta is None or A is None or B is None or C is None:
+        missing = [name for name, x in zip(("u", "delta", "A", "B", "C"), (u, delta, A, B, C), strict=True) if x is None]
+        raise TypeError(
+            f"{operation}: {missing[0]} is None, wanted an array; only D, z, delta_bias and initial_state may be left out"
+        )
     xp = arrays.namespace(
         operation, u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, initial_state=initial_state
     )
-    for name, x in (("u", u), ("delta", delta), ("A", A), ("B", B), ("C", C)):
-        if x is None:
-            raise TypeError(f"{operation}: {name} is None, wanted an array; only D, z, delta_bias and initial_state may be left out")
-    if discretization not in DISCRETIZATIONS:
+    if discretization not in ("euler", "zoh"):
         raise ValueError(f"{operation}: discretization is {discretization!r}, wanted 'euler' or 'zoh'")
 
-    _float_tensor(operation, "u", u)
-    if u.ndim != 3:
-        raise ValueError(f"{operation}: u has shape {u.shape}, wanted three axes (batch, dim, length)")
-    batch, dim, length = u.shape
-    for name, x in (("delta", delta), ("z", z)):
-        if x is not None:
-            _shape(operation, name, x, u.shape, "u's shape (batch, dim, length)")
-            _dtype(operation, name, x, u.dtype, "the dtype of u")
+    dtype = u.dtype
+    if dtype not in _RULES:
+        raise _wrong_dtype(operation, "u", u, _FLOATS, "")
+    real, complex_of_real, varying = _RULES[dtype]
+    shape = u.shape
+    if len(shape) != 3:
+        hint = "; a single sequence is u[None]" if len(shape) == 2 else ""
+        raise _wrong_shape(operation, "u", u, {"batch": None, "dim": None, "length": None}, hint)
+    batch, dim, length = shape
+    if delta.shape != shape:
+        raise _wrong_shape(operation, "delta", delta, {"batch": batch, "dim": dim, "length": length})
+    if delta.dtype != dtype:
+        raise _wrong_dtype(operation, "delta", delta, (dtype,), ", the dtype of u")
+    if z is not None:
+        if z.shape != shape:
+            raise _wrong_shape(operation, "z", z, {"batch": batch, "dim": dim, "length": length})
+        if z.dtype != dtype:
+            raise _wrong_dtype(operation, "z", z, (dtype,), ", the dtype of u")
 
-    real = arrays.compute_dtype(u.dtype)
-    if A.dtype not in _A_DTYPES[real]:
-        raise TypeError(
-            f"{operation}: A is {A.dtype.name}, wanted {real.name} or {arrays.complex_of(real).name} because u is {u.dtype.name}"
-        )
-    if A.ndim != 2 or A.shape[0] != dim or A.shape[1] == 0:
-        raise ValueError(f"{operation}: A has shape {A.shape}, wanted (dim, state) = ({dim}, at least 1)")
-    state = A.shape[1]
-    is_complex = A.dtype.kind == "c"
-    for name, x in (("D", D), ("delta_bias", delta_bias)):
-        if x is not None:
-            _shape(operation, name, x, (dim,), "(dim,)")
-            _dtype(operation, name, x, real, f"because u is {u.dtype.name}")
+    A_shape, A_dtype = A.shape, A.dtype
+    if len(A_shape) != 2 or A_shape[0] != dim:
+        raise _wrong_shape(operation, "A", A, {"dim": dim, "state": None})
+    state = A_shape[1]
+    if state == 0:
+        raise _wrong_shape(operation, "A", A, {"dim": dim, "state": None}, " with state at least 1")
+    is_complex = A_dtype == complex_of_real
+    if not is_complex and A_dtype != real:
+        raise _wrong_dtype(operation, "A", A, (real, complex_of_real), f" because u is {dtype_name(dtype)}")
+    if D is not None:
+        if D.shape != (dim,):
+            raise _wrong_shape(operation, "D", D, {"dim": dim})
+        if D.dtype != real:
+            raise _wrong_dtype(operation, "D", D, (real,), f" because u is {dtype_name(dtype)}")
+    if delta_bias is not None:
+        if delta_bias.shape != (dim,):
+            raise _wrong_shape(operation, "delta_bias", delta_bias, {"dim": dim})
+        if delta_bias.dtype != real:
+            raise _wrong_dtype(operation, "delta_bias", delta_bias, (real,), f" because u is {dtype_name(dtype)}")
     if initial_state is not None:
-        _shape(operation, "initial_state", initial_state, (batch, dim, state), "(batch, dim, state)")
-        _dtype(operation, "initial_state", initial_state, A.dtype, "the dtype of A")
+        _check_state(operation, "initial_state", initial_state, batch, dim, A)
 
-    B, groups_B = _coefficient(operation, "B", B, u, A, is_complex, (batch, dim, length, state))
-    C, groups_C = _coefficient(operation, "C", C, u, A, is_complex, (batch, dim, length, state))
+    B, groups_B = _coefficient(operation, "B", B, shape, A, varying, is_complex)
+    C, groups_C = _coefficient(operation, "C", C, shape, A, varying, is_complex)
     return ScanArguments(
         xp, u, delta, A, B, C, D, z, delta_bias, initial_state,
         batch, dim, length, state, groups_B, groups_C, is_complex, discretization == "zoh",
     )  # fmt: skip
 
 
-def _coefficient(operation, name, x, u, A, is_complex, sizes):
-    """B or C with its groups: constant (0), or a view with a groups axis."""
-    batch, dim, length, state = sizes
-    if x.ndim == 2:
-        _shape(operation, name, x, (dim, state), "(dim, state), as for a constant " + name)
-        _dtype(operation, name, x, A.dtype, f"the dtype of A, because it is constant in time")
-        return x, 0
-    if x.ndim not in (3, 4):
-        raise ValueError(
-            f"{operation}: {name} has shape {x.shape}, wanted (dim, state) if constant, or (batch, state, length) or "
-            "(batch, groups, state, length) if varying"
-        )
-    if x.dtype.kind == "c":
-        if not is_complex:
-            raise TypeError(f"{operation}: {name} is {x.dtype.name} but A is {A.dtype.name}; a complex {name} needs a complex A")
-        _dtype(operation, name, x, A.dtype, "the dtype of A")
-        wanted_length = length
-    else:
-        _float_tensor(operation, name, x)
-        if (x.dtype == arrays.FLOAT64) != (u.dtype == arrays.FLOAT64):
-            raise TypeError(
-                f"{operation}: {name} is {x.dtype.name} and u is {u.dtype.name}; float64 is float64 throughout, "
-                f"write {name}.astype({u.dtype.name!r})"
-            )
-        wanted_length = 2 * length if is_complex else length
-    groups = 1 if x.ndim == 3 else x.shape[1]
-    wanted = (batch, state, wanted_length) if x.ndim == 3 else (batch, groups, state, wanted_length)
-    if x.shape != wanted:
-        axes = "(batch, state, length)" if x.ndim == 3 else "(batch, groups, state, length)"
-        hint = ""
-        if is_complex and x.dtype.kind != "c":
-            hint = (
-                f"; with a complex A, {name} is either complex of length {length}, or real and interleaved "
-                f"(re, im, re, im, …) of length {2 * length}"
-            )
-        raise ValueError(f"{operation}: {name} has shape {x.shape}, wanted {axes} = {wanted}{hint}")
-    if groups == 0 or dim % groups:
-        raise ValueError(f"{operation}: {name} has shape {x.shape} with {groups} groups, which do not divide dim = {dim}")
-    return (x[:, None] if x.ndim == 3 else x), groups
-
-
 def selective_scan_bwd(operation, saved, dy, dlast_state):
-    """Check the gradients that enter a selective scan's backward pass.
+    """Check the gradients that enter a selective scan's backward pass; what was saved has passed the gate before.
 
     Raises
     ------
     TypeError, ValueError
         As `mambacupy.selective_scan_bwd` documents.
     """
-    u, A = saved.u, saved.A
-    arrays.namespace(operation, **{"saved.u": u}, dy=dy, dlast_state=dlast_state)
-    if dy is None:
-        raise TypeError(f"{operation}: dy is None, wanted an array of u's shape {u.shape}; zeros if only last_state counts")
-    _shape(operation, "dy", dy, u.shape, "u's shape (batch, dim, length)")
-    if dy.dtype != u.dtype and dy.dtype != arrays.compute_dtype(u.dtype):
+    try:
+        u, A, _ = saved.u, saved.A, saved.states
+    except AttributeError:
         raise TypeError(
-            f"{operation}: dy is {dy.dtype.name}, wanted u's {u.dtype.name} or {arrays.compute_dtype(u.dtype).name}"
+            f"{operation}: saved is of type {type(saved).__qualname__}, wanted the third result of selective_scan_fwd"
+        ) from None
+    if dy is None:
+        raise TypeError(
+            f"{operation}: dy is None, wanted an array of u's shape {u.shape}; zeros if only last_state has a gradient"
         )
+    arrays.namespace(operation, **{"saved.u": u}, dy=dy, dlast_state=dlast_state)
+    dtype, (batch, dim, length) = u.dtype, u.shape
+    if dy.shape != u.shape:
+        raise _wrong_shape(operation, "dy", dy, {"batch": batch, "dim": dim, "length": length})
+    if dy.dtype != dtype and dy.dtype != arrays.compute_dtype(dtype):
+        wanted = tuple(dict.fromkeys((dtype, arrays.compute_dtype(dtype))))
+        raise _wrong_dtype(operation, "dy", dy, wanted, f" because u is {dtype_name(dtype)}")
     if dlast_state is not None:
-        wanted = (u.shape[0], u.shape[1], A.shape[1])
-        _shape(operation, "dlast_state", dlast_state, wanted, "(batch, dim, state)")
-        _dtype(operation, "dlast_state", dlast_state, A.dtype, "the dtype of A")
+        _check_state(operation, "dlast_state", dlast_state, batch, dim, A)
+
+
+def _check_state(operation, name, x, batch, dim, A):
+    if x.shape != (batch, dim, A.shape[1]):
+        raise _wrong_shape(operation, name, x, {"batch": batch, "dim": dim, "state": A.shape[1]})
+    if x.dtype != A.dtype:
+        raise _wrong_dtype(operation, name, x, (A.dtype,), ", the dtype of A")
+
+
+def _coefficient(operation, name, x, u_shape, A, varying, is_complex):
+    """B or C and its groups: 0 if it is constant; else it comes back with a groups axis."""
+    batch, dim, length = u_shape
+    shape, dtype = x.shape, x.dtype
+    if len(shape) == 2:
+        if shape != A.shape:
+            hint = f"; {name} of two axes is constant, one that varies is (batch, groups, state, length)"
+            raise _wrong_shape(operation, name, x, {"dim": dim, "state": A.shape[1]}, hint)
+        if dtype != A.dtype:
+            raise _wrong_dtype(operation, name, x, (A.dtype,), f", the dtype of A, because this {name} is constant")
+        return x, 0
+
+    if dtype in varying:
+        wanted_length = 2 * length if is_complex else length
+    elif is_complex and dtype == A.dtype:
+        wanted_length = length
+    else:
+        raise _wrong_coefficient_dtype(operation, name, x, A, varying, is_complex)
+    if len(shape) == 3:
+        if shape != (batch, A.shape[1], wanted_length):
+            raise _wrong_coefficient_shape(operation, name, x, u_shape, A, is_complex, wanted_length)
+        return x.reshape((batch, 1, *shape[1:])), 1  # a view; CuPy makes it in half the time of x[:, None]
+    if len(shape) != 4 or shape != (batch, shape[1], A.shape[1], wanted_length) or not shape[1] or dim % shape[1]:
+        raise _wrong_coefficient_shape(operation, name, x, u_shape, A, is_complex, wanted_length)
+    return x, shape[1]
+
+
+# ---------------------------------------------------------------------------------------------------- wording
+def _wrong_shape(operation, name, x, wanted, hint=""):
+    """The ValueError for a shape. `wanted` maps axes to sizes, None where any size will do."""
+    if x.ndim == len(wanted) > 1:
+        turned = (*x.shape[:-2], x.shape[-1], x.shape[-2])
+        if all(size is None or size == got for size, got in zip(wanted.values(), turned, strict=True)):
+            hint = f"; write {name}.swapaxes(-1, -2)"
+    return ValueError(f"{operation}: {name} has shape {x.shape}, wanted {_axes(wanted)}{hint}")
+
+
+def _axes(sizes):
+    """'(batch=2, groups, state=16, length=128)'"""
+    parts = [axis if size is None else f"{axis}={size}" for axis, size in sizes.items()]
+    return f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"
+
+
+def _wrong_coefficient_shape(operation, name, x, u_shape, A, is_complex, wanted_length):
+    """The ValueError for a varying B or C, whose dtype is right."""
+    batch, dim, length = u_shape
+    wanted = {"batch": batch, "groups": None, "state": A.shape[1], "length": wanted_length}
+    if x.ndim not in (3, 4):
+        constant = _axes({"dim": dim, "state": A.shape[1]})
+        return _wrong_shape(operation, name, x, wanted, f", the same without groups, or {constant} if constant")
+    if x.ndim == 3:
+        del wanted["groups"]
+    if x.shape[-1] == wanted_length and x.shape[0] == batch and x.shape[-2] == A.shape[1]:
+        groups = x.shape[1]
+        fault = f"but dim = {dim} is not divisible by {groups}" if groups else "but wants at least one"
+        return ValueError(
+            f"{operation}: {name} has shape {x.shape} with {groups} groups, {fault}; "
+            f"wanted {_axes(wanted)} with groups dividing {dim}"
+        )
+    hint = ""
+    if is_complex:
+        hint = (
+            f"; with a complex A, {name} is complex of length {length}, "
+            f"or real of length {2 * length} and interleaved (re, im, re, im, …)"
+        )
+    elif x.shape[-1] == 2 * length:
+        hint = f"; interleaved (re, im) values in {name} need a complex A"
+    return _wrong_shape(operation, name, x, wanted, hint)
+
+
+def _wrong_coefficient_dtype(operation, name, x, A, varying, is_complex):
+    """The TypeError for a varying B or C."""
+    if x.dtype.kind == "c" and not is_complex:
+        return TypeError(
+            f"{operation}: {name} is {dtype_name(x.dtype)} but A is {dtype_name(A.dtype)}; a complex {name} needs a complex A: "
+            f"write A.astype({dtype_name(arrays.complex_of(A.dtype))!r}), or {name}.real"
+        )
+    wanted = (*varying, A.dtype) if is_complex else varying
+    return _wrong_dtype(operation, name, x, wanted, f" because A is {dtype_name(A.dtype)}")
+
+
+def _wrong_dtype(operation, name, x, wanted, because):
+    """The TypeError for a dtype. `wanted` are the dtypes that will do, `because` follows them in the message."""
+    came, names = x.dtype, [dtype_name(dtype) for dtype in wanted]
+    wanted_text = f"{', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else names[0]
+    start = f"{operation}: {name} is {dtype_name(came)}"
+    if not came.isnative:
+        return TypeError(
+            f"{start} in foreign byte order, wanted {wanted_text}{because} in this machine's; "
+            f"write {name}.astype({name}.dtype.newbyteorder('='))"
+        )
+    if came.type is np.void and came.itemsize == 2 and BFLOAT16 in wanted:
+        hint = f"; if this is bfloat16 that numpy.save wrote, write {name}.view(ml_dtypes.bfloat16)"
+    elif came.kind == "c" and wanted[-1].kind != "c":
+        hint = f"; it must be real: write {name}.real"
+    elif came.kind in "biufcO" or came in _RULES:
+        hint = f"; write {name}.astype({dtype_name(_nearest(came, wanted))!r})"
+    else:
+        hint = ""
+    return TypeError(f"{start}, wanted {wanted_text}{because}{hint}")
+
+
+def _nearest(came, wanted):
+    """Which of the wanted dtypes to propose: float64 for wide floats, else float32, and complex for complex."""
+    preferred = COMPLEX64 if came.kind == "c" else FLOAT64 if came.kind == "f" and came.itemsize > 8 else FLOAT32
+    return preferred if preferred in wanted else wanted[-1] if came.kind == "c" else wanted[0]

@@ -117,7 +117,7 @@ def make(seed=0, **changes):
         "C": coefficient(case["C"]),
         "D": rng.standard_normal(dim).astype(real) if case["D"] else None,
         "z": tensor() if case["z"] else None,
-        "delta_bias": rng.uniform(-1, 1, dim).astype(real) if case["delta_bias"] else None,
+        "delta_bias": rng.uniform(0, 1, dim).astype(real) if case["delta_bias"] else None,
         "initial_state": number(batch, dim, state).astype(state_dtype) if case["initial_state"] else None,
     }
     if case["order"] == "channel":  # np.abs gives length-contiguous memory back

@@ -277,25 +277,26 @@ def _launch(args, delta_softplus, reverse, save):
     (params["bias_dim"],) = _strides(delta_bias, 0)
     params["init_batch"], params["init_dim"], params["init_state"] = _strides(initial_state, 0, 1, 2)
 
-    # Every slice but the last leaves its part of Σ_n C·h in `parts`, in y's memory order.
-    parts = None
+    if state <= slice_of_states:
+        params |= {"A": A, "B": args.B, "C": args.C, "initial_state": initial_state, "last_state": last_state}
+        params |= {"states": states, "state": state, "parts_in": None, "parts_out": None}
+        kernel(batch * blocks_per_batch, mapping["THREADS"], params)
+        return y, last_state, states
+
+    # Every slice of the states but the last leaves its part of Σ_n C·h in `parts`, in y's memory order.
+    parts = xp.empty((batch, dim, length) if axis == 2 else (batch, length, dim), real)
     for first in range(0, state, slice_of_states):
-        last = first + slice_of_states >= state
-        if not last and parts is None:
-            parts = xp.empty((batch, dim, length) if axis == 2 else (batch, length, dim), real)
         here = slice(first, min(first + slice_of_states, state))
-        B = args.B[:, here] if args.groups_B == 0 else args.B[:, :, here]
-        C = args.C[:, here] if args.groups_C == 0 else args.C[:, :, here]
         params |= {
             "A": A[:, here],
-            "B": B,
-            "C": C,
+            "B": args.B[:, here] if args.groups_B == 0 else args.B[:, :, here],
+            "C": args.C[:, here] if args.groups_C == 0 else args.C[:, :, here],
             "initial_state": None if initial_state is None else initial_state[:, :, here],
             "last_state": last_state[:, :, here],
             "states": None if states is None else states[..., here],
             "state": here.stop - here.start,
             "parts_in": None if first == 0 else parts,
-            "parts_out": None if last else parts,
+            "parts_out": None if here.stop == state else parts,
         }
         kernel(batch * blocks_per_batch, mapping["THREADS"], params)
     return y, last_state, states
