@@ -131,12 +131,19 @@ def test_many_channels_and_batches(cp):
     for batch, dim in ((1, 70_000), (70_000, 1)):
         arguments, options = cases.make(batch=batch, dim=dim, length=3, state=2)
         wanted = reference.selective_scan(**cases.in_double(arguments), **options)
-        assert cases.relative_error(cp.asnumpy(selective_scan(**on_gpu(cp, arguments), **options)), wanted) <= 6e-7
+        assert (
+            cases.relative_error(cp.asnumpy(selective_scan(**on_gpu(cp, arguments), **options)), wanted)
+            <= 6e-7
+        )
 
 
 @pytest.mark.parametrize("order", ["length", "channel"])
 def test_past_two_to_the_31_elements(cp, order):
-    batch, dim, length = 3, 4096, 180_000  # 2.2e9 elements; the last batch entry begins past 2^30 and ends past 2^31
+    batch, dim, length = (
+        3,
+        4096,
+        180_000,
+    )  # 2.2e9 elements; the last batch entry begins past 2^30 and ends past 2^31
     shape = (batch, dim, length) if order == "length" else (batch, length, dim)
     u = cp.zeros(shape, cp.float16)
     u[...] = (cp.arange(shape[-1]) % 7).astype(cp.float16)

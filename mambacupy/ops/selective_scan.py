@@ -126,15 +126,32 @@ def selective_scan_fwd(
 
 
 def _scan(
-    operation, u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse, discretization, save
+    operation,
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D,
+    z,
+    delta_bias,
+    initial_state,
+    delta_softplus,
+    reverse,
+    discretization,
+    save,
 ):
-    args = checks.selective_scan(operation, u, delta, A, B, C, D, z, delta_bias, initial_state, discretization)
+    args = checks.selective_scan(
+        operation, u, delta, A, B, C, D, z, delta_bias, initial_state, discretization
+    )
     if args.xp.__name__ == "numpy":
         options = {"delta_softplus": delta_softplus, "initial_state": initial_state, "reverse": reverse}
         options["discretization"] = discretization
         if save:
             return reference.selective_scan_fwd(u, delta, A, B, C, D, z, delta_bias, **options)
-        y, last_state = reference.selective_scan(u, delta, A, B, C, D, z, delta_bias, return_last_state=True, **options)
+        y, last_state = reference.selective_scan(
+            u, delta, A, B, C, D, z, delta_bias, return_last_state=True, **options
+        )
         return y, last_state, None
     with args.u.device:
         y, last_state, states = _launch(args, delta_softplus, reverse, save)
@@ -166,7 +183,14 @@ def _mapping(channels, state, compute_bytes, complex_states):
     block_channels = threads // lanes
     # Three limits keep shared memory under 48 KiB: the elements of a tile, the values of B and C in it, and 32 steps.
     tile = min(32, 4096 // compute_bytes // block_channels, 8192 // (lanes * slots * state_bytes))
-    return {"LANES": lanes, "SLOTS": slots, "CHANNELS": 1, "TILE": tile, "THREADS": threads, "BLOCKS_PER_SM": 3}
+    return {
+        "LANES": lanes,
+        "SLOTS": slots,
+        "CHANNELS": 1,
+        "TILE": tile,
+        "THREADS": threads,
+        "BLOCKS_PER_SM": 3,
+    }
 
 
 def _power_of_two(n):
@@ -222,7 +246,11 @@ def _coefficient(name, x, groups, complex_states):
         strides = dict(zip(("batch", "group", "state", "time", "imag"), (*strides, imag), strict=True))
     element = arrays.real_of(x.dtype).name
     time_fast = int(abs(strides["time"]) <= abs(strides["state"]))
-    constants = {f"{name}_T": kernels.C_TYPES[element], f"{name}_VARIES": int(groups > 0), f"{name}_TIME_FAST": time_fast}
+    constants = {
+        f"{name}_T": kernels.C_TYPES[element],
+        f"{name}_VARIES": int(groups > 0),
+        f"{name}_TIME_FAST": time_fast,
+    }
     params = {f"{name}_{key}": value for key, value in strides.items()} | {f"groups_of_{name}": groups or 1}
     return constants, params
 
@@ -234,7 +262,11 @@ def _launch(args, delta_softplus, reverse, save):
     last_state = xp.empty((batch, dim, state), A.dtype)
     axis = 1 if args.u.strides[2] != args.u.itemsize and _is_native(args.u, 1) else 2
     u, delta, z = (_in_order(x, axis, xp) for x in (args.u, args.delta, args.z))
-    y = xp.empty((batch, dim, length), u.dtype) if axis == 2 else xp.empty((batch, length, dim), u.dtype).swapaxes(1, 2)
+    y = (
+        xp.empty((batch, dim, length), u.dtype)
+        if axis == 2
+        else xp.empty((batch, length, dim), u.dtype).swapaxes(1, 2)
+    )
     chunks = -(-length // CHUNK)
     states = xp.empty((batch, chunks, dim, state), A.dtype) if save else None
     if length == 0 or batch == 0 or dim == 0:

@@ -1,0 +1,210 @@
+"""Arrays in `.npy` and `.npz` files: read without loading them, write so that only complete files ever appear."""
+
+import contextlib
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from mambacupy.arrays import BFLOAT16
+
+_HOW_NUMPY_STORES_BFLOAT16 = np.dtype("V2")
+
+
+class FileError(Exception):
+    """A file that cannot be used. The message is one line and names the file."""
+
+
+def open_array(path):
+    """Memory-map a `.npy` file.
+
+    Raises
+    ------
+    FileError
+        It does not exist, is no `.npy` file, is cut short, or holds pickled objects.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            return _map(path, file, 0, path.stat().st_size)
+    except OSError as error:
+        raise FileError(f"{path}: {error.strerror or error}") from None
+
+
+def open_npz(path):
+    """The arrays of an `.npz` file by name: memory-mapped where they are stored uncompressed, loaded otherwise."""
+    path = Path(path)
+    try:
+        with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+            found = {}
+            for member in archive.infolist():
+                name = member.filename.removesuffix(".npy")
+                if member.filename == name:
+                    continue
+                if member.compress_type == zipfile.ZIP_STORED:
+                    start = _data_offset(file, member)
+                    found[name] = _map(f"{path}:{member.filename}", file, start, start + member.file_size)
+                else:
+                    with archive.open(member) as stream:
+                        found[name] = _load(f"{path}:{member.filename}", stream)
+            return found
+    except zipfile.BadZipFile as error:
+        raise FileError(f"{path}: not an .npz file ({error})") from None
+    except OSError as error:
+        raise FileError(f"{path}: {error.strerror or error}") from None
+
+
+def _data_offset(file, member):
+    """Where a member's bytes begin: after its local header, whose two variable fields have lengths of their own."""
+    file.seek(member.header_offset + 26)
+    lengths = file.read(4)
+    return (
+        member.header_offset
+        + 30
+        + int.from_bytes(lengths[:2], "little")
+        + int.from_bytes(lengths[2:], "little")
+    )
+
+
+def _header(label, stream):
+    try:
+        version = np.lib.format.read_magic(stream)
+        read = (
+            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        )
+        shape, fortran_order, dtype = read(stream)
+    except (ValueError, EOFError) as error:
+        raise FileError(f"{label}: not a .npy file ({str(error).splitlines()[0]})") from None
+    if dtype.hasobject:
+        raise FileError(f"{label}: holds pickled Python objects, which are never loaded; wanted numbers")
+    return shape, "F" if fortran_order else "C", dtype
+
+
+def _map(label, file, start, end):
+    """The array whose `.npy` bytes lie at [start, end) of an open file, as a read-only view of the file."""
+    file.seek(start)
+    shape, order, dtype = _header(label, file)
+    offset, wanted = file.tell(), int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    if end - offset < wanted:
+        raise FileError(
+            f"{label}: cut short: {end - offset} bytes of data, wanted {wanted} for {shape} {dtype}"
+        )
+    if wanted == 0:
+        return _known(np.empty(shape, dtype, order))
+    return _known(np.memmap(file, dtype, "r", offset, shape, order))
+
+
+def _load(label, stream):
+    shape, order, dtype = _header(label, stream)
+    wanted = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    content = stream.read(wanted)
+    if len(content) < wanted:
+        raise FileError(
+            f"{label}: cut short: {len(content)} bytes of data, wanted {wanted} for {shape} {dtype}"
+        )
+    return _known(np.frombuffer(content, dtype).reshape(shape, order=order))
+
+
+def _known(x):
+    return x.view(BFLOAT16) if x.dtype == _HOW_NUMPY_STORES_BFLOAT16 else x
+
+
+class Outputs:
+    """Files that appear together and complete, or not at all.
+
+    A context manager: files are written under temporary names beside their targets and renamed when the block ends well.
+    However else it ends (an error, Ctrl-C), they are removed and the targets are as they were.
+    """
+
+    def __init__(self, force=False):
+        self.force = force
+        self._files = []  # (array, temporary path, target path)
+
+    def __enter__(self):
+        return self
+
+    def create(self, path, shape, dtype):
+        """A writable array of the given shape and dtype that becomes the `.npy` file `path`.
+
+        Raises
+        ------
+        FileError
+            The target exists and `force` is not set, its folder does not, or the disk has no room for it.
+        """
+        path = Path(path)
+        if path.is_dir():
+            raise FileError(f"{path}: is a folder, wanted the name of a file to write")
+        if path.exists() and not self.force:
+            raise FileError(f"{path}: exists; --force replaces it")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+        stored = _HOW_NUMPY_STORES_BFLOAT16 if dtype == BFLOAT16 else np.dtype(dtype)
+        try:
+            with open(temporary, "wb+") as file:
+                self._files.append([None, temporary, path])
+                header = {
+                    "descr": np.lib.format.dtype_to_descr(stored),
+                    "fortran_order": False,
+                    "shape": tuple(shape),
+                }
+                np.lib.format.write_array_header_2_0(file, header)
+                offset, size = file.tell(), int(np.prod(shape, dtype=np.int64)) * stored.itemsize
+                file.flush()
+                if size == 0:
+                    return np.empty(shape, dtype)
+                _reserve(file.fileno(), offset + size)
+                array = np.memmap(file, stored, "r+", offset, tuple(shape))
+        except OSError as error:
+            self._discard()
+            raise FileError(f"{path}: {error.strerror or error}; nothing was written") from None
+        self._files[-1][0] = array
+        return array.view(BFLOAT16) if dtype == BFLOAT16 else array
+
+    def __exit__(self, kind, error, traceback):
+        if kind is not None:
+            self._discard()
+            return
+        try:
+            for array, temporary, _ in self._files:
+                if array is not None:
+                    array.flush()
+                with open(temporary, "rb") as file:
+                    os.fsync(file.fileno())
+            for _, temporary, path in self._files:
+                _rename(temporary, path, self.force)
+        except OSError as failure:
+            raise FileError(
+                f"{failure.filename or self._files[0][2]}: {failure.strerror or failure}"
+            ) from None
+        finally:
+            self._discard()
+
+    def _discard(self):
+        for _, temporary, _ in self._files:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+        self._files = []
+
+
+def _reserve(descriptor, size):
+    """Claim the file's space now: a write through a memory map to a full disk would kill the process."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    else:
+        zeros = bytes(1 << 20)
+        os.lseek(descriptor, 0, os.SEEK_END)
+        while (left := size - os.lseek(descriptor, 0, os.SEEK_CUR)) > 0:
+            os.write(descriptor, zeros[:left])
+
+
+def _rename(temporary, path, force):
+    """Give a complete file its name; without `force` a file that has appeared there meanwhile is kept."""
+    if force:
+        os.replace(temporary, path)
+        return
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise FileError(f"{path}: appeared while it was computed; --force replaces it") from None
+    except OSError:  # a file system without hard links
+        os.replace(temporary, path)

@@ -1,0 +1,226 @@
+"""Scan arrays that lie in files, block by block along time with the state carried.
+
+Nothing is loaded as a whole: inputs are views of their files, outputs are written in place. On a GPU the blocks pass through
+two slots, so that reading block i + 1 and writing block i - 1 overlap the kernel of block i.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from mambacupy import checks, reference
+from mambacupy.npy_files import FileError, open_array, open_npz
+from mambacupy.ops.selective_scan import selective_scan
+
+REQUIRED = ("u", "delta", "A", "B", "C")
+OPTIONAL = ("D", "z", "delta_bias", "initial_state")
+NAMES = REQUIRED + OPTIONAL
+
+BLOCK_BYTES = 64 * 2**20
+"""Size of u's part in a block, where the caller does not choose the block's length."""
+
+
+def read_inputs(source, overrides):
+    """The scan's arguments from a folder or an `.npz` file, and single files that override them.
+
+    Parameters
+    ----------
+    source : path or None
+        A folder of `u.npy`, `delta.npy`, …, or an `.npz` file with these names.
+    overrides : dict
+        Argument name to `.npy` file.
+
+    Returns
+    -------
+    (dict, dict, list)
+        Arrays by argument name (None where absent), the file of each, and the names found that are no argument.
+
+    Raises
+    ------
+    FileError
+    """
+    arrays, files, ignored = {}, {}, []
+    if source is not None:
+        source = Path(source)
+        if source.is_dir():
+            found = {path.stem: path for path in sorted(source.glob("*.npy"))}
+            for name in NAMES:
+                if name in found and name not in overrides:
+                    arrays[name], files[name] = open_array(found[name]), str(found[name])
+        elif source.exists():
+            found = open_npz(source)
+            for name in NAMES:
+                if name in found:
+                    arrays[name], files[name] = found[name], f"{source}:{name}.npy"
+        else:
+            raise FileError(f"{source}: no such file or folder")
+        ignored = [name for name in found if name not in NAMES]
+    for name, path in overrides.items():
+        arrays[name], files[name] = open_array(path), str(path)
+    missing = [name for name in REQUIRED if name not in arrays]
+    if missing:
+        where = f"{source}: " if source is not None else ""
+        raise FileError(
+            f"{where}no {', '.join(f'{name}.npy' for name in missing)}; a scan needs u, delta, A, B and C "
+            f"(name single files with --{missing[0]} FILE)"
+        )
+    return {name: arrays.get(name) for name in NAMES}, files, ignored
+
+
+def default_block_length(u):
+    """Steps whose part of u is BLOCK_BYTES large, in whole chunks."""
+    step = max(1, u.shape[0] * u.shape[1] * u.itemsize)
+    return max(1, BLOCK_BYTES // step // reference.CHUNK) * reference.CHUNK
+
+
+def scan_blocks(arguments, options, y, device=None, block_length=None):
+    """Scan into `y`, yielding the number of steps done after each block.
+
+    Parameters
+    ----------
+    arguments : dict
+        Arrays by name, as `read_inputs` gives them.
+    options : dict
+        delta_softplus, reverse, discretization.
+    y : array (batch, dim, length)
+        Receives the output.
+    device : int or None
+        CUDA device; None for the CPU.
+    block_length : int, optional
+        Steps in a block.
+
+    Yields
+    ------
+    (int, array)
+        Steps done so far, and the state after them (batch, dim, state).
+    """
+    length = arguments["u"].shape[2]
+    block_length = block_length or default_block_length(arguments["u"])
+    blocks = [slice(t, min(t + block_length, length)) for t in range(0, length, block_length)]
+    if options["reverse"]:
+        blocks.reverse()
+    run = _on_cpu(arguments, options, y) if device is None else _on_gpu(arguments, options, y, device)
+    next(run)
+    done = 0
+    for block in blocks:
+        state = run.send(block)
+        done += block.stop - block.start
+        yield done, state
+    yield done, run.send(None)
+
+
+def _take(name, x, block, arguments):
+    """The part of argument x that belongs to a block of time."""
+    if x is None or name not in ("u", "delta", "z", "B", "C") or x.ndim == 2:
+        return x
+    if name in "BC" and arguments["A"].dtype.kind == "c" and x.dtype.kind != "c":
+        return x[..., 2 * block.start : 2 * block.stop]
+    return x[..., block]
+
+
+def _on_cpu(arguments, options, y):
+    """Takes blocks, gives the state after each; after None, the last state."""
+    state = arguments["initial_state"]
+    if state is None:
+        state = np.zeros((*y.shape[:2], arguments["A"].shape[1]), arguments["A"].dtype)
+    while (block := (yield state)) is not None:
+        part = {name: _take(name, x, block, arguments) for name, x in arguments.items()}
+        part["initial_state"] = state
+        y[..., block], state = selective_scan(**part, **options, return_last_state=True)
+    yield state
+
+
+def _on_gpu(arguments, options, y, device):
+    """As `_on_cpu`, with copies in streams of their own."""
+    import cupy
+    import cupyx
+
+    with cupy.cuda.Device(device):
+        compute, upload, download = (cupy.cuda.Stream(non_blocking=True) for _ in range(3))
+        with upload:
+            constant = {
+                name: cupy.asarray(np.ascontiguousarray(x))
+                for name, x in arguments.items()
+                if x is not None and _take(name, x, slice(0, 0), arguments) is x
+            }
+        upload.synchronize()
+        state = constant.pop("initial_state", None)
+        if state is None:
+            state = cupy.zeros((*y.shape[:2], arguments["A"].shape[1]), arguments["A"].dtype)
+        cupy.cuda.get_current_stream().synchronize()
+        slots = [_Slot(), _Slot()]
+        count = 0
+        while (block := (yield None)) is not None:
+            slot = slots[count % 2]
+            count += 1
+            slot.drain(y)
+            part = {}
+            with upload:
+                for name, x in arguments.items():
+                    if name in constant or x is None or name == "initial_state":
+                        continue
+                    host = slot.pinned(cupyx, name, _take(name, x, block, arguments))
+                    part[name] = slot.keep(name, cupy.empty(host.shape, host.dtype))
+                    part[name].set(host, stream=upload)
+                uploaded = upload.record()
+            with compute:
+                compute.wait_event(uploaded)
+                out, state = selective_scan(
+                    **part, **constant, **options, initial_state=state, return_last_state=True
+                )
+                computed = compute.record()
+            with download:
+                download.wait_event(computed)
+                slot.fetch(cupyx, out, block, download)
+        for index in range(count, count + 2):  # the older slot first
+            slots[index % 2].drain(y)
+        compute.synchronize()
+        yield cupy.asnumpy(state)
+
+
+class _Slot:
+    """Pinned memory for one block in flight, its device arrays, and its output on the way to the file."""
+
+    def __init__(self):
+        self._pinned, self._kept, self._pending = {}, {}, None
+
+    def pinned(self, cupyx, name, x):
+        """A copy of x in pinned memory that is reused from block to block."""
+        flat = self._pinned.get(name)
+        if flat is None or flat.size < x.size:
+            flat = self._pinned[name] = cupyx.empty_pinned((x.size,), x.dtype)
+        host = flat[: x.size].reshape(x.shape)
+        host[...] = x
+        return host
+
+    def keep(self, name, array):
+        """Hold a device array until the slot is drained: the streams outlive the names."""
+        self._kept[name] = array
+        return array
+
+    def fetch(self, cupyx, out, block, stream):
+        """Start copying a block's output to the host."""
+        host = self.pinned(cupyx, "y", np.broadcast_to(np.zeros((), out.dtype), out.shape))
+        out.get(stream=stream, out=host, blocking=False)
+        self._pending = (host, block, stream.record())
+        self.keep("y", out)
+
+    def drain(self, y):
+        """Wait for the slot's output and write it to its place."""
+        if self._pending is None:
+            return
+        host, block, arrived = self._pending
+        arrived.synchronize()
+        y[..., block] = host
+        self._pending, self._kept = None, {}
+
+
+def check(arguments, options):
+    """Pass the arguments through the gate without reading them.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Worded with the argument's name after `scan: `.
+    """
+    return checks.selective_scan("scan", **arguments, discretization=options["discretization"])
