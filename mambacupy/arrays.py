@@ -121,9 +121,7 @@ def _namespace_of_each(operation, named):
         for name in on_gpu:
             by_device.setdefault(named[name].data.device_id, []).append(name)
         if len(by_device) > 1:
-            places = ", ".join(
-                f"{', '.join(names)} on device {device}" for device, names in sorted(by_device.items())
-            )
+            places = ", ".join(f"{', '.join(names)} on device {device}" for device, names in sorted(by_device.items()))
             raise TypeError(
                 f"{operation}: arrays are on different GPUs ({places}); "
                 f"`with cupy.cuda.Device({min(by_device)}): x = cupy.asarray(x)` moves x"

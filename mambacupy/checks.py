@@ -15,9 +15,7 @@ from mambacupy.arrays import BFLOAT16, COMPLEX64, COMPLEX128, FLOAT32, FLOAT64, 
 _FLOATS = tuple(arrays.FLOAT_DTYPES.values())
 _UP_TO_32_BITS = _FLOATS[:3]
 
-_RULES = dict.fromkeys(_UP_TO_32_BITS, (FLOAT32, COMPLEX64, _UP_TO_32_BITS)) | {
-    FLOAT64: (FLOAT64, COMPLEX128, (FLOAT64,))
-}
+_RULES = dict.fromkeys(_UP_TO_32_BITS, (FLOAT32, COMPLEX64, _UP_TO_32_BITS)) | {FLOAT64: (FLOAT64, COMPLEX128, (FLOAT64,))}
 """What u's dtype asks of the others: dtype of the parameters, of a complex A, and those of real varying B and C."""
 
 
@@ -58,25 +56,12 @@ def selective_scan(operation, u, delta, A, B, C, D, z, delta_bias, initial_state
         As `mambacupy.selective_scan` documents.
     """
     if u is None or delta is None or A is None or B is None or C is None:
-        missing = [
-            name
-            for name, x in zip(("u", "delta", "A", "B", "C"), (u, delta, A, B, C), strict=True)
-            if x is None
-        ]
+        missing = [name for name, x in zip(("u", "delta", "A", "B", "C"), (u, delta, A, B, C), strict=True) if x is None]
         raise TypeError(
             f"{operation}: {missing[0]} is None, wanted an array; only D, z, delta_bias and initial_state may be left out"
         )
     xp = arrays.namespace(
-        operation,
-        u=u,
-        delta=delta,
-        A=A,
-        B=B,
-        C=C,
-        D=D,
-        z=z,
-        delta_bias=delta_bias,
-        initial_state=initial_state,
+        operation, u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, initial_state=initial_state
     )
     if discretization not in ("euler", "zoh"):
         raise ValueError(f"{operation}: discretization is {discretization!r}, wanted 'euler' or 'zoh'")
@@ -118,9 +103,7 @@ def selective_scan(operation, u, delta, A, B, C, D, z, delta_bias, initial_state
         if delta_bias.shape != (dim,):
             raise _wrong_shape(operation, "delta_bias", delta_bias, {"dim": dim})
         if delta_bias.dtype != real:
-            raise _wrong_dtype(
-                operation, "delta_bias", delta_bias, (real,), f" because u is {dtype_name(dtype)}"
-            )
+            raise _wrong_dtype(operation, "delta_bias", delta_bias, (real,), f" because u is {dtype_name(dtype)}")
     if initial_state is not None:
         _check_state(operation, "initial_state", initial_state, batch, dim, A)
 
@@ -177,9 +160,7 @@ def _coefficient(operation, name, x, u_shape, A, varying, is_complex):
             hint = f"; {name} of two axes is constant, one that varies is (batch, groups, state, length)"
             raise _wrong_shape(operation, name, x, {"dim": dim, "state": A.shape[1]}, hint)
         if dtype != A.dtype:
-            raise _wrong_dtype(
-                operation, name, x, (A.dtype,), f", the dtype of A, because this {name} is constant"
-            )
+            raise _wrong_dtype(operation, name, x, (A.dtype,), f", the dtype of A, because this {name} is constant")
         return x, 0
 
     if dtype in varying:
@@ -192,12 +173,7 @@ def _coefficient(operation, name, x, u_shape, A, varying, is_complex):
         if shape != (batch, A.shape[1], wanted_length):
             raise _wrong_coefficient_shape(operation, name, x, u_shape, A, is_complex, wanted_length)
         return x.reshape((batch, 1, *shape[1:])), 1  # a view; CuPy makes it in half the time of x[:, None]
-    if (
-        len(shape) != 4
-        or shape != (batch, shape[1], A.shape[1], wanted_length)
-        or not shape[1]
-        or dim % shape[1]
-    ):
+    if len(shape) != 4 or shape != (batch, shape[1], A.shape[1], wanted_length) or not shape[1] or dim % shape[1]:
         raise _wrong_coefficient_shape(operation, name, x, u_shape, A, is_complex, wanted_length)
     return x, shape[1]
 
@@ -224,9 +200,7 @@ def _wrong_coefficient_shape(operation, name, x, u_shape, A, is_complex, wanted_
     wanted = {"batch": batch, "groups": None, "state": A.shape[1], "length": wanted_length}
     if x.ndim not in (3, 4):
         constant = _axes({"dim": dim, "state": A.shape[1]})
-        return _wrong_shape(
-            operation, name, x, wanted, f", the same without groups, or {constant} if constant"
-        )
+        return _wrong_shape(operation, name, x, wanted, f", the same without groups, or {constant} if constant")
     if x.ndim == 3:
         del wanted["groups"]
     if x.shape[-1] == wanted_length and x.shape[0] == batch and x.shape[-2] == A.shape[1]:
@@ -281,7 +255,5 @@ def _wrong_dtype(operation, name, x, wanted, because):
 
 def _nearest(came, wanted):
     """Which of the wanted dtypes to propose: float64 for wide floats, else float32, and complex for complex."""
-    preferred = (
-        COMPLEX64 if came.kind == "c" else FLOAT64 if came.kind == "f" and came.itemsize > 8 else FLOAT32
-    )
+    preferred = COMPLEX64 if came.kind == "c" else FLOAT64 if came.kind == "f" and came.itemsize > 8 else FLOAT32
     return preferred if preferred in wanted else wanted[-1] if came.kind == "c" else wanted[0]

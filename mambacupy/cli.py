@@ -34,9 +34,7 @@ def main():
 
 def _file_options(command):
     for name in reversed(scan_files.NAMES):
-        option = click.option(
-            f"--{name}", name.lower() + "_file", metavar="FILE", help=f"{name} from this .npy file."
-        )
+        option = click.option(f"--{name}", name.lower() + "_file", metavar="FILE", help=f"{name} from this .npy file.")
         command = option(command)
     return command
 
@@ -55,9 +53,7 @@ def _file_options(command):
     show_default=True,
     help="Input term: Mamba's Δ·B·u, or the exact zero-order hold.",
 )
-@click.option(
-    "--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N", help="Where to run."
-)
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N", help="Where to run.")
 @click.option(
     "--block-length",
     type=click.IntRange(min=1),
@@ -87,9 +83,7 @@ def scan(
     Files may be larger than memory: they are read, scanned and written block by block. Outputs appear when they are
     complete, or not at all.
     """
-    overrides = {
-        name: named[name.lower() + "_file"] for name in scan_files.NAMES if named[name.lower() + "_file"]
-    }
+    overrides = {name: named[name.lower() + "_file"] for name in scan_files.NAMES if named[name.lower() + "_file"]}
     options = {"delta_softplus": softplus, "reverse": reverse, "discretization": discretization}
     with _errors_in_one_line():
         arguments, files, ignored = scan_files.read_inputs(inputs, overrides)
@@ -105,9 +99,7 @@ def scan(
             y = outputs.create(output, checked.u.shape, checked.u.dtype)
             kept = None
             if last_state:
-                kept = outputs.create(
-                    last_state, (checked.batch, checked.dim, checked.state), checked.A.dtype
-                )
+                kept = outputs.create(last_state, (checked.batch, checked.dim, checked.state), checked.A.dtype)
             blocks = scan_files.scan_blocks(arguments, options, y, gpu, block_length)
             state = _with_progress(blocks, checked.length, quiet or as_json)
             if kept is not None:
@@ -136,9 +128,7 @@ def _errors_in_one_line():
             "CompileException",
         ):
             text = str(error).splitlines()[0]
-            raise OneLineError(
-                f"on the GPU: {text}; a smaller --block-length or --device cpu may help"
-            ) from None
+            raise OneLineError(f"on the GPU: {text}; a smaller --block-length or --device cpu may help") from None
         raise
 
 
@@ -241,9 +231,7 @@ def info(as_json):
     click.echo(
         f"CUDA: driver {_cuda(facts['cuda_driver'])}, runtime {_cuda(facts['cuda_runtime'])}, NVRTC {facts['nvrtc'] or 'none'}"
     )
-    click.echo(
-        f"CUDA headers (for CuPy's own kernels; ours need none): {facts['cuda_headers'] or 'not found'}"
-    )
+    click.echo(f"CUDA headers (for CuPy's own kernels; ours need none): {facts['cuda_headers'] or 'not found'}")
     for device in facts["devices"]:
         click.echo(
             f"cuda:{device['id']}: {device['name']}, compute capability {device['compute_capability']}, "

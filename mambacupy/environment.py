@@ -58,9 +58,7 @@ def report():
     """Facts about this installation, as plain values: what `mambacupy info` prints."""
     missing = explain_missing()
     facts = {
-        "mambacupy": importlib.metadata.version("mambacupy")
-        if _installed("mambacupy")
-        else "from a checkout",
+        "mambacupy": importlib.metadata.version("mambacupy") if _installed("mambacupy") else "from a checkout",
         "python": platform.python_version(),
         "numpy": np.__version__,
         "cupy_builds": cupy_builds(),

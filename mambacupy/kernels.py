@@ -124,9 +124,7 @@ class Kernel:
         """
         for first in range(0, blocks, MAX_BLOCKS):
             values = params | {"first_block": first}
-            packed = self._pack(
-                *[v if type(v) is int else address(v) for v in map(values.__getitem__, self.names)]
-            )
+            packed = self._pack(*[v if type(v) is int else address(v) for v in map(values.__getitem__, self.names)])
             argument = np.frombuffer(packed, dtype=self._type)
             self._raw((min(blocks - first, MAX_BLOCKS),), (threads,), (argument,))
 

@@ -59,20 +59,13 @@ def _data_offset(file, member):
     """Where a member's bytes begin: after its local header, whose two variable fields have lengths of their own."""
     file.seek(member.header_offset + 26)
     lengths = file.read(4)
-    return (
-        member.header_offset
-        + 30
-        + int.from_bytes(lengths[:2], "little")
-        + int.from_bytes(lengths[2:], "little")
-    )
+    return member.header_offset + 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
 
 
 def _header(label, stream):
     try:
         version = np.lib.format.read_magic(stream)
-        read = (
-            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        )
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran_order, dtype = read(stream)
     except (ValueError, EOFError) as error:
         raise FileError(f"{label}: not a .npy file ({str(error).splitlines()[0]})") from None
@@ -87,9 +80,7 @@ def _map(label, file, start, end):
     shape, order, dtype = _header(label, file)
     offset, wanted = file.tell(), int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if end - offset < wanted:
-        raise FileError(
-            f"{label}: cut short: {end - offset} bytes of data, wanted {wanted} for {shape} {dtype}"
-        )
+        raise FileError(f"{label}: cut short: {end - offset} bytes of data, wanted {wanted} for {shape} {dtype}")
     if wanted == 0:
         return _known(np.empty(shape, dtype, order))
     return _known(np.memmap(file, dtype, "r", offset, shape, order))
@@ -100,9 +91,7 @@ def _load(label, stream):
     wanted = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     content = stream.read(wanted)
     if len(content) < wanted:
-        raise FileError(
-            f"{label}: cut short: {len(content)} bytes of data, wanted {wanted} for {shape} {dtype}"
-        )
+        raise FileError(f"{label}: cut short: {len(content)} bytes of data, wanted {wanted} for {shape} {dtype}")
     return _known(np.frombuffer(content, dtype).reshape(shape, order=order))
 
 
@@ -173,9 +162,7 @@ class Outputs:
             for _, temporary, path in self._files:
                 _rename(temporary, path, self.force)
         except OSError as failure:
-            raise FileError(
-                f"{failure.filename or self._files[0][2]}: {failure.strerror or failure}"
-            ) from None
+            raise FileError(f"{failure.filename or self._files[0][2]}: {failure.strerror or failure}") from None
         finally:
             self._discard()
 

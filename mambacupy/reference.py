@@ -157,9 +157,7 @@ class _Scan:
 
     def tensor(self, x, rows, channels, time):
         """A block of u, delta or z, time first."""
-        return np.ascontiguousarray(
-            x[rows, channels, time].transpose(2, 0, 1), self.real
-        )  # (R, W, T) -> (T, R, W)
+        return np.ascontiguousarray(x[rows, channels, time].transpose(2, 0, 1), self.real)  # (R, W, T) -> (T, R, W)
 
     def step(self, rows, channels, time):
         """Δ and the step before softplus, dhat."""
@@ -174,9 +172,7 @@ class _Scan:
         if parts is None:
             return constant[channels].T  # (W, N) -> (N, W)
         group = channels.start // (self.args.dim // parts[0].shape[1])
-        re, im = (
-            None if x is None else x[rows, group, :, time].transpose(2, 0, 1) for x in parts
-        )  # (R, N, T) -> (T, R, N)
+        re, im = (None if x is None else x[rows, group, :, time].transpose(2, 0, 1) for x in parts)  # (R, N, T) -> (T, R, N)
         value = np.empty(re.shape, self.dtype)
         value.real = re
         if im is not None:
@@ -230,9 +226,7 @@ def _forward(
     reverse=False,
     discretization="euler",
 ):
-    args = checks.selective_scan(
-        operation, u, delta, A, B, C, D, z, delta_bias, initial_state, discretization
-    )
+    args = checks.selective_scan(operation, u, delta, A, B, C, D, z, delta_bias, initial_state, discretization)
     scan = _Scan(args, delta_softplus, reverse)
     batch, dim, length, state = args.batch, args.dim, args.length, args.state
     last_state = np.empty((batch, dim, state), A.dtype)
@@ -305,12 +299,8 @@ def selective_scan_bwd(dy, saved, dlast_state=None):
     Complex A: every factor of λ is conjugated, gy·C counts twice, and what meets a real number keeps its real part.
     """
     checks.selective_scan_bwd("selective_scan_bwd", saved, dy, dlast_state)
-    u, delta, A, B, C, D, z, delta_bias, initial_state, states, delta_softplus, reverse, discretization = (
-        saved
-    )
-    args = checks.selective_scan(
-        "selective_scan_bwd", u, delta, A, B, C, D, z, delta_bias, initial_state, discretization
-    )
+    u, delta, A, B, C, D, z, delta_bias, initial_state, states, delta_softplus, reverse, discretization = saved
+    args = checks.selective_scan("selective_scan_bwd", u, delta, A, B, C, D, z, delta_bias, initial_state, discretization)
     scan = _Scan(args, delta_softplus, reverse)
     real, complex_states = scan.real, args.complex
     twice = 2 if complex_states else 1
@@ -332,9 +322,7 @@ def selective_scan_bwd(dy, saved, dlast_state=None):
             if dlast_state is not None:
                 carry[...] = dlast_state[rows, channels].swapaxes(1, 2)  # (R, W, N) -> (R, N, W)
             for time, chunk in reversed(list(scan.chunks())):
-                x = scan.tensor(
-                    scan.u, rows, channels, time
-                )  # (T, R, W), as all tensors below without a comment
+                x = scan.tensor(scan.u, rows, channels, time)  # (T, R, W), as all tensors below without a comment
                 dt, dhat = scan.step(rows, channels, time)
                 B_t = scan.coefficient("B", rows, channels, time)
                 C_t = scan.coefficient("C", rows, channels, time)
@@ -363,10 +351,7 @@ def selective_scan_bwd(dy, saved, dlast_state=None):
                 if args.zoh:  # b = c·B·u with c = Δ·phi(ΔA), ∂c/∂Δ = Ā, ∂c/∂A = Δ²·phi'(ΔA)
                     a = dt[:, :, None] * A_block
                     factor = dt[:, :, None] * phi(a)
-                    by_A = (
-                        dt[:, :, None] * decayed
-                        + dt[:, :, None] ** 2 * phi_derivative(a) * B_t * x[:, :, None]
-                    )
+                    by_A = dt[:, :, None] * decayed + dt[:, :, None] ** 2 * phi_derivative(a) * B_t * x[:, :, None]
                     by_dt = A_block * decayed + decay * B_t * x[:, :, None]
                 else:
                     factor = dt[:, :, None]
@@ -386,9 +371,7 @@ def selective_scan_bwd(dy, saved, dlast_state=None):
                 ddelta_walked[rows, channels, time] = d_step.transpose(1, 2, 0)
 
                 dA[channels] += (lam * by_A.conj()).sum((0, 1)).T  # (N, W) -> (W, N)
-                _accumulate(
-                    scan, dB, args.groups_B, rows, channels, time, lam * factor.conj() * x[:, :, None]
-                )
+                _accumulate(scan, dB, args.groups_B, rows, channels, time, lam * factor.conj() * x[:, :, None])
                 _accumulate(scan, dC, args.groups_C, rows, channels, time, twice * gy[:, :, None] * h.conj())
             dinitial[rows, channels] = carry.swapaxes(1, 2)  # (R, N, W) -> (R, W, N)
 
@@ -418,7 +401,5 @@ def _in_layout(scan, total, x, groups):
         return total
     total = scan.turned(total)
     if scan.args.complex and x.dtype.kind != "c":
-        total = np.stack(
-            (total.real, total.imag), -1
-        )  # (batch, groups, N, L, 2): the pairs of the interleaved layout
+        total = np.stack((total.real, total.imag), -1)  # (batch, groups, N, L, 2): the pairs of the interleaved layout
     return np.ascontiguousarray(total.reshape(x.shape), x.dtype)

@@ -165,9 +165,7 @@ def _on_gpu(arguments, options, y, device):
                 uploaded = upload.record()
             with compute:
                 compute.wait_event(uploaded)
-                out, state = selective_scan(
-                    **part, **constant, **options, initial_state=state, return_last_state=True
-                )
+                out, state = selective_scan(**part, **constant, **options, initial_state=state, return_last_state=True)
                 computed = compute.record()
             with download:
                 download.wait_event(computed)

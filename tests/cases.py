@@ -62,10 +62,7 @@ ROWS = {
     "channel-order-bfloat16": {"order": "channel", "dtype": "bfloat16"},
     "channel-order-reverse": {"order": "channel", "reverse": True},
     **{f"length-{n}": {"length": n} for n in (1, 2, 33, 63, 64, 65, 128, 200, 1000)},
-    **{
-        f"length-{n}-reverse-bfloat16": {"length": n, "reverse": True, "dtype": "bfloat16"}
-        for n in (1, 65, 72)
-    },
+    **{f"length-{n}-reverse-bfloat16": {"length": n, "reverse": True, "dtype": "bfloat16"} for n in (1, 65, 72)},
     **{f"state-{n}": {"state": n} for n in (1, 2, 3, 5, 8, 17, 32, 64, 100, 256, 300)},
     "state-300-channel-order": {"state": 300, "order": "channel"},
     "state-70-complex": {"state": 70, "complex": True},
@@ -132,9 +129,7 @@ def make(seed=0, **changes):
 def in_double(arguments):
     """The same numbers as float64 and complex128: what the oracle is given."""
     wide = {"c": np.complex128}
-    return {
-        k: None if x is None else x.astype(wide.get(x.dtype.kind, np.float64)) for k, x in arguments.items()
-    }
+    return {k: None if x is None else x.astype(wide.get(x.dtype.kind, np.float64)) for k, x in arguments.items()}
 
 
 def relative_error(got, wanted):

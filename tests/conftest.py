@@ -28,8 +28,6 @@ def pytest_collection_modifyitems(config, items):
     if reason is None:
         return
     if config.getoption("--require-gpu"):
-        raise pytest.UsageError(
-            f"--require-gpu: {len(marked)} tests need a GPU, and there is none ({reason})"
-        )
+        raise pytest.UsageError(f"--require-gpu: {len(marked)} tests need a GPU, and there is none ({reason})")
     for item in marked:
         item.add_marker(pytest.mark.skip(reason=f"needs a GPU ({reason})"))

@@ -122,7 +122,7 @@ def test_broadcast_views_and_transposed_coefficients(cp):
 @pytest.mark.parametrize("change", [{"batch": 0}, {"length": 0}, {"dim": 0}])
 def test_empty(cp, change):
     arguments, options = cases.make(**change)
-    y, last, saved = selective_scan_fwd(**on_gpu(cp, arguments), **options)
+    y, last, _ = selective_scan_fwd(**on_gpu(cp, arguments), **options)
     assert y.shape == arguments["u"].shape
     assert cp.asnumpy(last).tobytes() == arguments["initial_state"].tobytes()
 
@@ -131,10 +131,7 @@ def test_many_channels_and_batches(cp):
     for batch, dim in ((1, 70_000), (70_000, 1)):
         arguments, options = cases.make(batch=batch, dim=dim, length=3, state=2)
         wanted = reference.selective_scan(**cases.in_double(arguments), **options)
-        assert (
-            cases.relative_error(cp.asnumpy(selective_scan(**on_gpu(cp, arguments), **options)), wanted)
-            <= 6e-7
-        )
+        assert cases.relative_error(cp.asnumpy(selective_scan(**on_gpu(cp, arguments), **options)), wanted) <= 6e-7
 
 
 @pytest.mark.parametrize("order", ["length", "channel"])

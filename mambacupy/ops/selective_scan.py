@@ -141,17 +141,13 @@ def _scan(
     discretization,
     save,
 ):
-    args = checks.selective_scan(
-        operation, u, delta, A, B, C, D, z, delta_bias, initial_state, discretization
-    )
+    args = checks.selective_scan(operation, u, delta, A, B, C, D, z, delta_bias, initial_state, discretization)
     if args.xp.__name__ == "numpy":
         options = {"delta_softplus": delta_softplus, "initial_state": initial_state, "reverse": reverse}
         options["discretization"] = discretization
         if save:
             return reference.selective_scan_fwd(u, delta, A, B, C, D, z, delta_bias, **options)
-        y, last_state = reference.selective_scan(
-            u, delta, A, B, C, D, z, delta_bias, return_last_state=True, **options
-        )
+        y, last_state = reference.selective_scan(u, delta, A, B, C, D, z, delta_bias, return_last_state=True, **options)
         return y, last_state, None
     with args.u.device:
         y, last_state, states = _launch(args, delta_softplus, reverse, save)
@@ -262,11 +258,7 @@ def _launch(args, delta_softplus, reverse, save):
     last_state = xp.empty((batch, dim, state), A.dtype)
     axis = 1 if args.u.strides[2] != args.u.itemsize and _is_native(args.u, 1) else 2
     u, delta, z = (_in_order(x, axis, xp) for x in (args.u, args.delta, args.z))
-    y = (
-        xp.empty((batch, dim, length), u.dtype)
-        if axis == 2
-        else xp.empty((batch, length, dim), u.dtype).swapaxes(1, 2)
-    )
+    y = xp.empty((batch, dim, length), u.dtype) if axis == 2 else xp.empty((batch, length, dim), u.dtype).swapaxes(1, 2)
     chunks = -(-length // CHUNK)
     states = xp.empty((batch, chunks, dim, state), A.dtype) if save else None
     if length == 0 or batch == 0 or dim == 0:
