@@ -1,0 +1,1 @@
+"""Measures and records; never asserts a time. `python -m benchmarks.gpu` runs all of it."""
