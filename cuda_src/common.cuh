@@ -241,3 +241,40 @@ template <typename R> DEVICE Complex<R> phi(Complex<R> a, Complex<R> exp_a) {
     for (int k = TERMS; k >= 2; --k) sum = Complex<R>{R(1), R(0)} + (R(1) / R(k)) * (a * sum);
     return sum;
 }
+
+// phi'(a) = (e^a - phi(a))/a; the quotient loses its digits near 0, so a series takes over for |a| < 1/2.
+template <typename R, typename S> DEVICE S phi_series_derivative(S a, S one) {
+    constexpr int TERMS = sizeof(R) == 4 ? 8 : 15;
+    S sum = R(0) * one;
+    R factorial = 1, coefficients[TERMS + 2];
+#pragma unroll
+    for (int k = 1; k <= TERMS; ++k) {                                 // k/(k+1)!
+        factorial *= R(k + 1);
+        coefficients[k] = R(k) / factorial;
+    }
+#pragma unroll
+    for (int k = TERMS; k >= 1; --k) sum = multiply_add(sum, a, coefficients[k] * one);
+    return sum;
+}
+DEVICE float phi_derivative(float a, float exp_a, float phi_a) {
+    return fabsf(a) < 0.5f ? phi_series_derivative<float>(a, 1.0f) : (exp_a - phi_a) / a;
+}
+DEVICE double phi_derivative(double a, double exp_a, double phi_a) {
+    return fabs(a) < 0.5 ? phi_series_derivative<double>(a, 1.0) : (exp_a - phi_a) / a;
+}
+template <typename R> DEVICE Complex<R> phi_derivative(Complex<R> a, Complex<R> exp_a, Complex<R> phi_a) {
+    R square = a.re * a.re + a.im * a.im;
+    if (square < R(0.25)) return phi_series_derivative<R>(a, Complex<R>{R(1), R(0)});
+    return (R(1) / square) * (Complex<R>{exp_a.re - phi_a.re, exp_a.im - phi_a.im} * conj(a));
+}
+
+// softplus and its derivative, sigmoid(x), which is 1 above 20, from one exponential.
+DEVICE void softplus_and_slope(float x, float& y, float& slope) {
+    float e = exp_exact(-fabsf(x)), r = reciprocal(1.0f + e);
+    y = fmaxf(x, 0.0f) + log1p_unit(e);
+    slope = x >= 0.0f ? r : e * r;
+}
+DEVICE void softplus_and_slope(double x, double& y, double& slope) {
+    y = softplus(x);
+    slope = x > 20.0 ? 1.0 : sigmoid(x);
+}

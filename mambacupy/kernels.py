@@ -102,7 +102,7 @@ def address(array):
 class Kernel:
     """A compiled kernel. Compiles on its first call on each device."""
 
-    def __init__(self, file, name, constants):
+    def __init__(self, file, name, constants, shared_bytes=0):
         import cupy
 
         source = specialise(file, constants)
@@ -110,6 +110,8 @@ class Kernel:
         self._pack = struct.Struct(f"{len(self.names)}q").pack
         self._type = np.dtype((np.void, 8 * len(self.names)))
         self._raw = cupy.RawModule(code=source, options=OPTIONS).get_function(name)
+        self._shared_bytes = shared_bytes
+        self._allowed = set()  # devices on which the kernel may take that much shared memory
 
     def __call__(self, blocks, threads, params):
         """Launch on the current device and stream, without synchronising.
@@ -122,18 +124,40 @@ class Kernel:
         params : dict
             Value of every member of `Params` but `first_block`: arrays, None (a null pointer) or integers.
         """
+        if self._shared_bytes:
+            self._allow_shared_memory()
         for first in range(0, blocks, MAX_BLOCKS):
             values = params | {"first_block": first}
             packed = self._pack(*[v if type(v) is int else address(v) for v in map(values.__getitem__, self.names)])
             argument = np.frombuffer(packed, dtype=self._type)
-            self._raw((min(blocks - first, MAX_BLOCKS),), (threads,), (argument,))
+            self._raw((min(blocks - first, MAX_BLOCKS),), (threads,), (argument,), shared_mem=self._shared_bytes)
+
+    def _allow_shared_memory(self):
+        """More dynamic shared memory than 48 KiB is asked for, once on each device."""
+        import cupy
+
+        device = cupy.cuda.runtime.getDevice()
+        if device not in self._allowed:
+            self._raw.max_dynamic_shared_size_bytes = self._shared_bytes
+            self._allowed.add(device)
 
 
 @functools.cache
-def _kernel(file, name, constants):
-    return Kernel(file, name, dict(constants))
+def _kernel(file, name, constants, shared_bytes):
+    return Kernel(file, name, dict(constants), shared_bytes)
 
 
-def get(file, name, constants):
-    """The kernel `name` of `file`, specialised by `constants` (a dict); from memory where it was asked for before."""
-    return _kernel(file, name, tuple(constants.items()))
+def get(file, name, constants, shared_bytes=0):
+    """The kernel `name` of `file`, specialised by `constants` (a dict); from memory where it was asked for before.
+
+    `shared_bytes` is the dynamic shared memory that every launch of it takes.
+    """
+    return _kernel(file, name, tuple(constants.items()), shared_bytes)
+
+
+@functools.cache
+def shared_memory_limit():
+    """Bytes of shared memory that a block may have on the current device."""
+    import cupy
+
+    return cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
