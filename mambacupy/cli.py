@@ -176,16 +176,13 @@ def _device(name):
 
 def _with_progress(blocks, length, hidden):
     """Run all blocks under a progress bar, shown on a terminal only; the last state."""
-    state, before = None, 0
-    if hidden or not sys.stderr.isatty():
-        for _, state in blocks:
-            pass
-        return state
-    with click.progressbar(length=length, label="scanning", file=sys.stderr) as bar:
-        for done, state in blocks:
-            bar.update(done - before)
-            before = done
-    return state
+    shown = not hidden and sys.stderr.isatty()
+    bar = click.progressbar(length=length, label="scanning", file=sys.stderr) if shown else contextlib.nullcontext()
+    with bar:
+        for after in blocks:
+            if shown:
+                bar.update(after[0] - bar.pos)
+    return after[1]
 
 
 def _summary(checked, arguments, gpu, seconds, targets, ignored, as_json):

@@ -103,7 +103,7 @@ def test_compile_errors_name_our_file_and_line(sources):
 
 
 def test_packed_arguments_follow_the_struct():
-    source = "struct Params {\n    const float *u, *z;   // two, of which one may be null\n    long long dim;\n    void* y;\n};\n"
+    source = "struct Params {\n    const float *u, *z;   // of which one may be null\n    long long dim;\n    void* y;\n};\n"
     assert kernels.parameter_names(source) == ("u", "z", "dim", "y")
 
 
