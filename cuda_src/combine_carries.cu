@@ -1,19 +1,20 @@
-// combine_carries.cu: chain the splits of a sequence.
+// combine_carries.cu: chain the parts of time that the scan kernels ran apart (tile.cuh).
 //
-//   enters_s = local_{s+1} + conj(exp(A·Σ_{s+1} Δ))·enters_{s+1},   the last split being entered by dlast_state (or 0)
+//   forward    enters_{s+1} = local_s + exp(A·Σ_s Δ)·enters_s,               enters_first = initial_state or 0
+//   backward   enters_{s-1} = local_s + conj(exp(A·Σ_s Δ))·enters_s,         enters_last = dlast_state or 0
 //
-// Idea: one thread a state, splits from the last to the first; the decay of a whole split is one exponential of its summed
-// steps. In place: `carries` holds what each split leaves when nothing enters it, and receives what enters it.
+// Idea: one thread a state, part by part; the decay over a whole part is one exponential of its summed steps. In place:
+// `carries` holds what each part hands on when nothing enters it, and receives what enters it.
 //
-// Compile-time: STATE_T and REAL types.
+// Compile-time: BACKWARD, and the types STATE_T and REAL.
 #include "common.cuh"
 
 struct Params {
-    STATE_T* carries;
-    const REAL* totals;
-    const STATE_T *A, *dlast_state;
+    STATE_T* carries;                                                  // (batch, splits, dim, state)
+    const REAL* totals;                                                // (batch, splits, dim)
+    const STATE_T *A, *enters;                                         // enters: (batch, dim, state), or null
     long long batch, splits, dim, state, state_total;
-    long long A_dim, A_state, dlast_batch, dlast_dim, dlast_state_stride, first_block;
+    long long A_dim, A_state, enters_batch, enters_dim, enters_state, first_block;
 };
 
 extern "C" __global__ void __launch_bounds__(256) combine_carries(const Params p) {
@@ -22,11 +23,12 @@ extern "C" __global__ void __launch_bounds__(256) combine_carries(const Params p
     const long long n = index % p.state, c = index / p.state % p.dim, b = index / p.state / p.dim;
     const STATE_T rate = rate_of(p.A[c * p.A_dim + n * p.A_state]);
     STATE_T enters = {};
-    if (p.dlast_state) enters = p.dlast_state[b * p.dlast_batch + c * p.dlast_dim + n * p.dlast_state_stride];
-    for (long long s = p.splits - 1; s >= 0; --s) {
-        STATE_T& here = p.carries[((b * p.splits + s) * p.dim + c) * p.state_total + n];
-        STATE_T local = here;
+    if (p.enters) enters = p.enters[b * p.enters_batch + c * p.enters_dim + n * p.enters_state];
+    for (long long i = 0; i < p.splits; ++i) {
+        const long long split = b * p.splits + (BACKWARD ? p.splits - 1 - i : i);
+        STATE_T& here = p.carries[(split * p.dim + c) * p.state_total + n];
+        STATE_T local = here, whole = decay(p.totals[split * p.dim + c], rate);
         here = enters;
-        enters = multiply_add(conj(decay(p.totals[(b * p.splits + s) * p.dim + c], rate)), enters, local);
+        enters = multiply_add(BACKWARD ? conj(whole) : whole, enters, local);
     }
 }

@@ -72,7 +72,7 @@ struct alignas(sizeof(T) * COUNT) Pack {
     DEVICE void set(int j, T value);
 };
 
-template <typename T> struct Split {                                   // an element's place; 16-bit: two to a word
+template <typename T> struct Place {                                    // an element's place; 16-bit: two to a word
     static DEVICE T get(const unsigned* w, int j) { return {(unsigned short)(j & 1 ? w[j / 2] >> 16 : w[j / 2])}; }
     static DEVICE T get(const unsigned short* w, int) { return {w[0]}; }
     static DEVICE void set(unsigned* w, int j, T x) {
@@ -80,16 +80,16 @@ template <typename T> struct Split {                                   // an ele
     }
     static DEVICE void set(unsigned short* w, int, T x) { w[0] = x.bits; }
 };
-template <> struct Split<float> {
+template <> struct Place<float> {
     static DEVICE float get(const unsigned* w, int j) { return __uint_as_float(w[j]); }
     static DEVICE void set(unsigned* w, int j, float x) { w[j] = __float_as_uint(x); }
 };
-template <> struct Split<double> {
+template <> struct Place<double> {
     static DEVICE double get(const unsigned* w, int j) { return __hiloint2double(w[2 * j + 1], w[2 * j]); }
     static DEVICE void set(unsigned* w, int j, double x) { w[2 * j] = __double2loint(x); w[2 * j + 1] = __double2hiint(x); }
 };
-template <typename T, int COUNT> DEVICE T Pack<T, COUNT>::get(int j) const { return Split<T>::get(bits.word, j); }
-template <typename T, int COUNT> DEVICE void Pack<T, COUNT>::set(int j, T x) { Split<T>::set(bits.word, j, x); }
+template <typename T, int COUNT> DEVICE T Pack<T, COUNT>::get(int j) const { return Place<T>::get(bits.word, j); }
+template <typename T, int COUNT> DEVICE void Pack<T, COUNT>::set(int j, T x) { Place<T>::set(bits.word, j, x); }
 
 // The first `valid` elements at `from`; zeros after them.
 template <typename T, int COUNT>
@@ -112,6 +112,14 @@ DEVICE void store_pack(T* __restrict__ to, const Pack<T, COUNT>& pack, int valid
 #pragma unroll
         for (int j = 0; j < COUNT - 1; ++j) if (j < valid) to[j] = pack.get(j);
     }
+}
+
+// x itself, of which the compiler knows nothing: what follows from it is computed where it is used, not kept in registers.
+template <typename I> DEVICE I recomputed(I x) {
+#ifdef __CUDA_ARCH__
+    asm volatile("" : "+l"(x));
+#endif
+    return x;
 }
 
 // ---------------------------------------------------------------------------------------------- functions of reals

@@ -12,11 +12,11 @@
 // its Ā and h in registers, and walked backwards. Lanes, channels and tiles are those of the forward kernel (tile.cuh), with
 // TILE = CHUNK. An element's entry in shared memory holds (Δ, Δ·u, gy) before its backward step and its sums over n after it.
 //
-// Few channels and long sequences: time is cut into `splits`, each a block of its own. A first launch (CARRIES_ONLY) runs [1]
-// alone over every split, combine_carries.cu chains the results, and the second launch starts each split from there.
+// Few channels and long sequences: time is cut into parts, and a first launch with CARRIES_ONLY runs [1] alone (tile.cuh).
 //
+// Sums over time are kept in two levels, a chunk's and the total, so that rounding does not grow with the length.
 // No atomics: dB and dC are summed over a warp by exchange, over warps in shared memory, and over blocks by sum_parts.cu; dA,
-// dD and ddelta_bias over time in registers, and over the batch by sum_parts.cu. Every order is fixed.
+// dD and ddelta_bias over time by their threads, and over the batch by sum_parts.cu. Every order is fixed.
 //
 // Compile-time, besides tile.cuh's: CARRIES_ONLY DY_T ZOH B_VARIES C_VARIES B_TIME_FAST C_TIME_FAST SHARED_BYTES BLOCKS_PER_SM.
 #include "tile.cuh"
@@ -38,9 +38,10 @@ struct Shared {
     state_t starts[SEGMENTS][CHANNELS][SLOTS][THREADS];                // h before each segment; every thread reads its own
     state_t B[B_VARIES ? TILE * COEFFICIENT_PITCH : 1], C[C_VARIES ? TILE * COEFFICIENT_PITCH : 1];
     state_t warp_sums[2][WARPS][SUMS_OVER_CHANNELS ? SEGMENT : 1][2][STATES];                 // double-buffered
+    state_t totals[1 + !B_VARIES + !C_VARIES][CHANNELS][SLOTS][THREADS];                      // dA, constant dB and dC so far
     real skip[BLOCK_CHANNELS], bias[BLOCK_CHANNELS];
 };
-static_assert(sizeof(Shared) <= SHARED_BYTES, "SHARED_BYTES is computed in ops/selective_scan.py");
+static_assert(sizeof(Shared) <= SHARED_BYTES, "SHARED_BYTES is computed in ops/mapping.py");
 
 struct Params {
     const element *u, *delta, *z;
@@ -95,18 +96,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
     extern __shared__ __align__(16) char shared_bytes[];
     Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
 
-    const long long index = p.first_block + blockIdx.x, split = index / p.blocks_per_batch % p.splits;
-    const long long batch_split = index / p.blocks_per_batch, b = batch_split / p.splits;
-    const Block block(index, p.span, p.blocks_per_span, p.blocks_per_batch);
-    const long long c0 = block.c0, within = index % p.blocks_per_batch;
+    const Block block(p.first_block + blockIdx.x, p.splits, p.span, p.blocks_per_span, p.blocks_per_batch);
+    const Split time(block.split, p.splits, p.length);
+    const long long b = block.b, c0 = block.c0, batch_split = b * p.splits + block.split;
     const int channels = block.channels;
     Coefficient<B_T> B = {p.B, p.B_state, p.B_time, p.B_imag};
     Coefficient<C_T> C = {p.C, p.C_state, p.C_time, p.C_imag};
     if (B_VARIES) B.base += b * p.B_batch + c0 / (p.dim / p.groups_of_B) * p.B_group;
     if (C_VARIES) C.base += b * p.C_batch + c0 / (p.dim / p.groups_of_C) * p.C_group;
 
-    const long long chunks = (p.length + CHUNK - 1) / CHUNK, per_split = (chunks + p.splits - 1) / p.splits;
-    const long long first_chunk = split * per_split, end_chunk = min(first_chunk + per_split, chunks);  // in walked order
+    const long long chunks = (p.length + CHUNK - 1) / CHUNK;
 
     // ------------------------------------------------------------------------------------------ what a lane keeps
     const int lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
@@ -114,7 +113,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
     // over n is then what its neighbour keeps.
     auto channel = [&](int k) { return CHANNELS == 2 ? group * 2 + (k ^ (lane & 1)) : group; };
     state_t rate[CHANNELS][SLOTS], A_kept[CHANNELS][SLOTS], B_kept[CHANNELS][SLOTS], C_kept[CHANNELS][SLOTS];
-    state_t carry[CHANNELS][SLOTS], dA[CHANNELS][SLOTS] = {}, dB_kept[CHANNELS][SLOTS] = {}, dC_kept[CHANNELS][SLOTS] = {};
+    state_t carry[CHANNELS][SLOTS], dA[CHANNELS][SLOTS], dB_kept[CHANNELS][SLOTS], dC_kept[CHANNELS][SLOTS];   // of a chunk
+    constexpr int OF_B = 1, OF_C = 1 + !B_VARIES;                      // in shared.totals
     auto for_states = [&](auto&& body) {                               // body(k, i, channel, state) for those that exist
 #pragma unroll
         for (int k = 0; k < CHANNELS; ++k) {
@@ -135,19 +135,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
         if (!B_VARIES) B_kept[k][i] = reinterpret_cast<const state_t*>(p.B)[c * p.B_group + n * p.B_state];
         if (!C_VARIES) C_kept[k][i] = reinterpret_cast<const state_t*>(p.C)[c * p.C_group + n * p.C_state];
         if (CARRIES_ONLY) return;
-        if (p.splits > 1) carry[k][i] = p.carries[((b * p.splits + split) * p.dim + c) * p.state_total + n];
+        if (p.splits > 1) carry[k][i] = p.carries[(batch_split * p.dim + c) * p.state_total + n];
         else if (p.dlast_state) carry[k][i] = p.dlast_state[b * p.dlast_batch + c * p.dlast_dim + n * p.dlast_state_stride];
     });
 #pragma unroll
     for (int k = 0; k < CHANNELS; ++k) {
 #pragma unroll
-        for (int i = 0; i < SLOTS; ++i) rate[k][i] = rate_of(A_kept[k][i]);
+        for (int i = 0; i < SLOTS; ++i) {
+            rate[k][i] = rate_of(A_kept[k][i]);
+#pragma unroll
+            for (int j = 0; j < 1 + !B_VARIES + !C_VARIES; ++j) shared.totals[j][k][i][threadIdx.x] = {};
+        }
     }
     for (int c = threadIdx.x; c < BLOCK_CHANNELS; c += THREADS) {
         shared.skip[c] = p.D && c < channels ? p.D[(c0 + c) * p.D_dim] : real(0);
         shared.bias[c] = p.delta_bias && c < channels ? p.delta_bias[(c0 + c) * p.bias_dim] : real(0);
     }
     __syncthreads();
+
+    Pack<element, VECTOR> u_pack, delta_pack, z_pack;
+    Pack<DY_T, VECTOR> dy_pack;
+    auto load = [&](const Item& item, long long t0) {                  // an item of the tile that begins at t0
+        auto from = [&](auto* x, long long batch, long long row) {
+            return x + recomputed(b) * batch + tile_offset(t0, c0, row) + item.offset(row);
+        };
+        u_pack = load_pack<element, VECTOR>(from(p.u, p.u_batch, p.u_row), item.valid);
+        delta_pack = load_pack<element, VECTOR>(from(p.delta, p.delta_batch, p.delta_row), item.valid);
+        dy_pack = load_pack<DY_T, VECTOR>(from(p.dy, p.dy_batch, p.dy_row), item.valid);
+        if (p.z) z_pack = load_pack<element, VECTOR>(from(p.z, p.z_batch, p.z_row), item.valid);
+    };
 
     real total[CHANNELS] = {};                                         // Σ Δ
     real dD = 0, dbias = 0;                                            // of channel threadIdx.x % BLOCK_CHANNELS
@@ -171,13 +187,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
         }
     };
 
-    for (long long walked = end_chunk - 1; walked >= first_chunk; --walked) {
-        const long long chunk = REVERSE ? chunks - 1 - walked : walked, t0 = chunk * CHUNK;
+    constexpr int BACK = REVERSE ? CHUNK : -CHUNK;                     // against the order in which time is walked
+    long long t0 = REVERSE ? time.begin : (time.end - 1) / CHUNK * CHUNK;
+    for (; REVERSE ? t0 < time.end : t0 >= time.begin; t0 += BACK) {
         const int steps = p.length - t0 < TILE ? (int)(p.length - t0) : TILE;
-        const element* u = p.u + b * p.u_batch + tile_offset(t0, c0, p.u_row);
-        const element* delta = p.delta + b * p.delta_batch + tile_offset(t0, c0, p.delta_row);
-        const element* z = p.z + b * p.z_batch + tile_offset(t0, c0, p.z_row);
-        const DY_T* dy = p.dy + b * p.dy_batch + tile_offset(t0, c0, p.dy_row);
 
         // -------------------------------------------------------------------------------------- Δ, Δ·u, gy, B and C
 #pragma unroll 2
@@ -189,10 +202,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
         for (int k = 0; k < ITEMS; ++k) {
             Item item(k, channels, steps);
             if (!item.in_tile(k)) continue;
-            Pack<element, VECTOR> u_pack = load_pack<element, VECTOR>(u + item.offset(p.u_row), item.valid), z_pack;
-            Pack<element, VECTOR> delta_pack = load_pack<element, VECTOR>(delta + item.offset(p.delta_row), item.valid);
-            Pack<DY_T, VECTOR> dy_pack = load_pack<DY_T, VECTOR>(dy + item.offset(p.dy_row), item.valid);
-            if (p.z) z_pack = load_pack<element, VECTOR>(z + item.offset(p.z_row), item.valid);
+            load(item, t0);
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
                 real dt = to_real(delta_pack.get(j)) + shared.bias[item.channel(j)], x = to_real(u_pack.get(j));
@@ -230,10 +240,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
 #pragma unroll
         for (int k = 0; k < CHANNELS; ++k) {
 #pragma unroll
-            for (int i = 0; i < SLOTS; ++i) h[k][i] = {};
+            for (int i = 0; i < SLOTS; ++i) h[k][i] = dA[k][i] = dB_kept[k][i] = dC_kept[k][i] = {};
         }
         for_states([&](int k, int i, long long c, int n) {
-            h[k][i] = p.states[((b * chunks + chunk) * p.dim + c) * p.state_total + n];
+            h[k][i] = p.states[((recomputed(b) * chunks + t0 / CHUNK) * p.dim + c) * p.state_total + n];
         });
 #pragma unroll 1
         for (int segment = 0; segment < SEGMENTS; ++segment) {
@@ -356,17 +366,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
                     state_t sum = shared.warp_sums[segment & 1][0][row][which][n];
 #pragma unroll
                     for (int w = 1; w < WARPS; ++w) sum = sum + shared.warp_sums[segment & 1][w][row][which][n];
-                    parts[((b * p.blocks_per_batch + within) * p.length + t0 + t) * p.state_total + n] = sum;
+                    parts[((recomputed(b) * p.blocks_per_batch + block.within) * p.length + t0 + t) * p.state_total + n] = sum;
                 }
             }
         }
 
+#pragma unroll
+        for (int k = 0; k < CHANNELS; ++k) {
+#pragma unroll
+            for (int i = 0; i < SLOTS; ++i) {
+                auto add = [&](int j, state_t x) { shared.totals[j][k][i][threadIdx.x] = shared.totals[j][k][i][threadIdx.x] + x; };
+                add(0, dA[k][i]);
+                if (!B_VARIES) add(OF_B, dB_kept[k][i]);
+                if (!C_VARIES) add(OF_C, dC_kept[k][i]);
+            }
+        }
+
         // -------------------------------------------------------------------------------------- du, ddelta, dz
+        const long long t1 = recomputed(t0);
 #pragma unroll 1
         for (int k = 0; k < ITEMS; ++k) {
             Item item(k, channels, steps);
             if (!item.in_tile(k)) continue;
-            const long long at = b * p.du_batch + tile_offset(t0, c0, p.du_row) + item.offset(p.du_row);
+            const long long at = b * p.du_batch + tile_offset(t1, c0, p.du_row) + item.offset(p.du_row);
             real by_B[VECTOR], by_A[VECTOR], out[VECTOR];
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
@@ -395,10 +417,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
                 }
                 continue;
             }
-            Pack<element, VECTOR> u_pack = load_pack<element, VECTOR>(u + item.offset(p.u_row), item.valid), z_pack;
-            Pack<element, VECTOR> delta_pack = load_pack<element, VECTOR>(delta + item.offset(p.delta_row), item.valid);
-            Pack<DY_T, VECTOR> dy_pack = load_pack<DY_T, VECTOR>(dy + item.offset(p.dy_row), item.valid);
-            if (p.z) z_pack = load_pack<element, VECTOR>(z + item.offset(p.z_row), item.valid);
+            load(item, t1);
             Pack<element, VECTOR> du, ddelta, dz;
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
@@ -428,12 +447,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
         }
         if (!p.sums_out && (p.D || p.delta_bias)) {
             __syncthreads();
+            Step sum = {};
 #pragma unroll 4
             for (int t = threadIdx.x / BLOCK_CHANNELS; t < TILE; t += SHARERS) {
                 Step terms = shared.steps[t][column<sizeof(Step)>(threadIdx.x % BLOCK_CHANNELS, t)];
-                dD += terms.dt;
-                dbias += terms.x;
+                sum = {sum.dt + terms.dt, sum.x + terms.x};
             }
+            dD += sum.dt;
+            dbias += sum.x;
         }
         __syncthreads();
     }
@@ -448,11 +469,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
 
     // ------------------------------------------------------------------------------------------ sums over time
     for_states([&](int k, int i, long long c, int n) {
-        if (split == 0) p.dinitial_state[(b * p.dim + c) * p.state_total + n] = carry[k][i];
+        if (p.dinitial_state && block.split == 0) p.dinitial_state[(b * p.dim + c) * p.state_total + n] = carry[k][i];
         long long at = (batch_split * p.dim + c) * p.state_total + n;
-        p.dA_parts[at] = dA[k][i];
-        if (!B_VARIES) p.dB_parts[at] = dB_kept[k][i];
-        if (!C_VARIES) p.dC_parts[at] = dC_kept[k][i];
+        p.dA_parts[at] = shared.totals[0][k][i][threadIdx.x];
+        if (!B_VARIES) p.dB_parts[at] = shared.totals[OF_B][k][i][threadIdx.x];
+        if (!C_VARIES) p.dC_parts[at] = shared.totals[OF_C][k][i][threadIdx.x];
     });
     if (p.sums_out) return;
     Step* shares = &shared.steps[0][0];                                // the threads of a channel add up in their order

@@ -12,14 +12,18 @@
 //   2. step by step         every lane advances its states and leaves its part of Σ_n C·h in shared memory.
 //   3. element by element   the parts are summed in fixed order, D·u added, gated, and stored.
 //
-// Compile-time, besides tile.cuh's: ZOH B_VARIES C_VARIES B_TIME_FAST C_TIME_FAST BLOCKS_PER_SM. All are set by
-// mambacupy/ops/selective_scan.py, with the reasons.
+// Few channels and long sequences: time is cut into parts, and a first launch with CARRIES_ONLY runs the recurrence alone
+// (tile.cuh).
+//
+// Compile-time, besides tile.cuh's: CARRIES_ONLY ZOH B_VARIES C_VARIES B_TIME_FAST C_TIME_FAST BLOCKS_PER_SM. All are set by
+// mambacupy/ops/scan_kernels.py, with the reasons.
 #include "tile.cuh"
 
 struct alignas(2 * sizeof(real)) Step { real dt, dtu; };               // Δ and Δ·u of one element
 constexpr int PARTS = LANES < 4 ? LANES : 4;                           // parts of Σ_n C·h left to phase 3
 struct alignas(PARTS * sizeof(real) < 16 ? PARTS * sizeof(real) : 16) Parts { real at[PARTS]; };
 constexpr bool COEFFICIENTS_AHEAD = COEFFICIENT_LOADS <= 8;            // few enough to wait in registers
+constexpr bool C_STAGED = C_VARIES && !CARRIES_ONLY;
 constexpr int UNROLL = TILE < 4 ? TILE : 4;
 
 struct Params {
@@ -33,7 +37,9 @@ struct Params {
     state_t *last_state, *states;
     const real* parts_in;                                              // Σ_n C·h over earlier slices of the states
     real* parts_out;                                                   // not null: more slices follow
-    long long dim, length, state, state_total, span, blocks_per_span, blocks_per_batch, groups_of_B, groups_of_C;
+    state_t* carries;                                                  // (batch, splits, dim, state): what enters each split,
+    real* totals;                                                      // (batch, splits, dim): Σ Δ; both written by CARRIES_ONLY
+    long long dim, length, state, state_total, span, blocks_per_span, blocks_per_batch, groups_of_B, groups_of_C, splits;
     long long u_batch, u_row, delta_batch, delta_row, z_batch, z_row, y_batch, y_row;         // row: stride of the slow axis
     long long A_dim, A_state, D_dim, bias_dim, init_batch, init_dim, init_state;
     long long B_batch, B_group, B_state, B_time, B_imag, C_batch, C_group, C_state, C_time, C_imag;
@@ -45,9 +51,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
     __shared__ Parts parts[TILE][BLOCK_CHANNELS];
     __shared__ real skip[BLOCK_CHANNELS], bias[BLOCK_CHANNELS];        // D and delta_bias
     __shared__ alignas(16) state_t B_tile[B_VARIES ? TILE * COEFFICIENT_PITCH : 1];
-    __shared__ alignas(16) state_t C_tile[C_VARIES ? TILE * COEFFICIENT_PITCH : 1];
+    __shared__ alignas(16) state_t C_tile[C_STAGED ? TILE * COEFFICIENT_PITCH : 1];
 
-    const Block block(p.first_block + blockIdx.x, p.span, p.blocks_per_span, p.blocks_per_batch);
+    const Block block(p.first_block + blockIdx.x, p.splits, p.span, p.blocks_per_span, p.blocks_per_batch);
+    const Split time(block.split, p.splits, p.length);
     const long long b = block.b, c0 = block.c0;
     const int channels = block.channels;
     Coefficient<B_T> B = {p.B, p.B_state, p.B_time, p.B_imag};
@@ -70,9 +77,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
             state_t a = {}, start = {}, b_const = {}, c_const = {};
             if (k * GROUPS + group < channels && n < p.state) {
                 a = p.A[c * p.A_dim + n * p.A_state];
-                if (p.initial_state) start = p.initial_state[b * p.init_batch + c * p.init_dim + n * p.init_state];
+                if (CARRIES_ONLY) start = {};
+                else if (p.splits > 1) start = p.carries[((b * p.splits + block.split) * p.dim + c) * p.state_total + n];
+                else if (p.initial_state) start = p.initial_state[b * p.init_batch + c * p.init_dim + n * p.init_state];
                 if (!B_VARIES) b_const = reinterpret_cast<const state_t*>(p.B)[c * p.B_group + n * p.B_state];
-                if (!C_VARIES) c_const = reinterpret_cast<const state_t*>(p.C)[c * p.C_group + n * p.C_state];
+                if (!C_VARIES && !CARRIES_ONLY) c_const = reinterpret_cast<const state_t*>(p.C)[c * p.C_group + n * p.C_state];
             }
             h[k][i] = start;
             rate[k][i] = rate_of(a);
@@ -110,13 +119,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
             Item item(k, channels, tile_steps);
             u_next[k] = load_pack<element, VECTOR>(u + item.offset(p.u_row), item.valid);
             delta_next[k] = load_pack<element, VECTOR>(delta + item.offset(p.delta_row), item.valid);
-            if (p.z) z_next[k] = load_pack<element, VECTOR>(z + item.offset(p.z_row), item.valid);
+            if (!CARRIES_ONLY && p.z) z_next[k] = load_pack<element, VECTOR>(z + item.offset(p.z_row), item.valid);
         }
         if (!COEFFICIENTS_AHEAD) return;
 #pragma unroll
         for (int k = 0; k < (COEFFICIENTS_AHEAD ? COEFFICIENT_LOADS : 0); ++k) {
             if (B_VARIES) B_next[k] = load_coefficient<B_TIME_FAST>(k, B, t0, tile_steps, (int)p.state);
-            if (C_VARIES) C_next[k] = load_coefficient<C_TIME_FAST>(k, C, t0, tile_steps, (int)p.state);
+            if (C_STAGED) C_next[k] = load_coefficient<C_TIME_FAST>(k, C, t0, tile_steps, (int)p.state);
         }
     };
 
@@ -126,20 +135,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
     }
     __syncthreads();
 
-    const long long tiles = (p.length + TILE - 1) / TILE, chunks = (p.length + CHUNK - 1) / CHUNK;
+    const long long chunks = (p.length + CHUNK - 1) / CHUNK;
     constexpr int AHEAD = REVERSE ? -TILE : TILE;
-    long long t0 = REVERSE ? (tiles - 1) * TILE : 0;
-    load(t0);
-    for (long long tile = 0; tile < tiles; ++tile, t0 += AHEAD) {
+    long long t0 = REVERSE ? (time.end - 1) / TILE * TILE : time.begin;
+    real total[CHANNELS] = {};                                         // Σ Δ, for CARRIES_ONLY
+    if (time.begin < time.end) load(t0);
+    for (long long tiles = (time.end - time.begin + TILE - 1) / TILE; tiles > 0; --tiles, t0 += AHEAD) {
         const int tile_steps = steps_in(t0);
 
         // -------------------------------------------------------------------------------------- 1. before the recurrence
 #pragma unroll(COEFFICIENTS_AHEAD ? COEFFICIENT_LOADS : 2)
         for (int k = 0; k < COEFFICIENT_LOADS; ++k) {
             if (!COEFFICIENTS_AHEAD && B_VARIES) B_next[0] = load_coefficient<B_TIME_FAST>(k, B, t0, tile_steps, (int)p.state);
-            if (!COEFFICIENTS_AHEAD && C_VARIES) C_next[0] = load_coefficient<C_TIME_FAST>(k, C, t0, tile_steps, (int)p.state);
+            if (!COEFFICIENTS_AHEAD && C_STAGED) C_next[0] = load_coefficient<C_TIME_FAST>(k, C, t0, tile_steps, (int)p.state);
             if (B_VARIES) stage_coefficient<B_TIME_FAST>(k, B_tile, B_next[COEFFICIENTS_AHEAD ? k : 0]);
-            if (C_VARIES) stage_coefficient<C_TIME_FAST>(k, C_tile, C_next[COEFFICIENTS_AHEAD ? k : 0]);
+            if (C_STAGED) stage_coefficient<C_TIME_FAST>(k, C_tile, C_next[COEFFICIENTS_AHEAD ? k : 0]);
         }
 #pragma unroll
         for (int k = 0; k < ITEMS; ++k) {
@@ -161,11 +171,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
             z_now[k] = z_next[k];
         }
         __syncthreads();
-        if (tile + 1 < tiles) load(t0 + AHEAD);
+        if (tiles > 1) load(t0 + AHEAD);
 
         // -------------------------------------------------------------------------------------- 2. the recurrence
-        bool chunk_begins = REVERSE ? (t0 + TILE) % CHUNK == 0 || tile == 0 : t0 % CHUNK == 0;
-        if (p.states && chunk_begins) write_states(p.states + (b * chunks + t0 / CHUNK) * p.dim * p.state_total);
+        bool chunk_begins = REVERSE ? (t0 + TILE) % CHUNK == 0 || t0 + TILE >= p.length : t0 % CHUNK == 0;
+        if (!CARRIES_ONLY && p.states && chunk_begins) write_states(p.states + (b * chunks + t0 / CHUNK) * p.dim * p.state_total);
         // Rows past the end have dt = 0: whole rounds of them are left out, a rest of a round does no harm.
         const int first_row = REVERSE ? (TILE - tile_steps) / UNROLL * UNROLL : 0;
         const int end_row = REVERSE ? TILE : tile_steps;
@@ -179,12 +189,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
 #pragma unroll
                 for (int i = 0; i < SLOTS; ++i) {
                     if (B_VARIES) Bt[i] = B_tile[t * COEFFICIENT_PITCH + lane * SLOTS + i];
-                    if (C_VARIES) Ct[i] = C_tile[t * COEFFICIENT_PITCH + lane * SLOTS + i];
+                    if (C_STAGED) Ct[i] = C_tile[t * COEFFICIENT_PITCH + lane * SLOTS + i];
                 }
 #pragma unroll
                 for (int k = 0; k < CHANNELS; ++k) {
                     Step s = steps[t][column<sizeof(Step)>(k * GROUPS + group, t_column)];
                     real part = 0;
+                    if (CARRIES_ONLY) total[k] += s.dt;
 #pragma unroll
                     for (int i = 0; i < SLOTS; ++i) {
                         state_t a = decay(s.dt, rate[k][i]);
@@ -193,8 +204,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
                         input = input * phi(s.dt * A_kept[k][i], a);
 #endif
                         h[k][i] = multiply_add(a, h[k][i], input);
-                        part = real_product(h[k][i], C_VARIES ? Ct[i] : C_kept[k][i], part);
+                        if (!CARRIES_ONLY) part = real_product(h[k][i], C_VARIES ? Ct[i] : C_kept[k][i], part);
                     }
+                    if (CARRIES_ONLY) continue;
 #pragma unroll
                     for (int step = LANES / 2; step >= 4; step /= 2) part += __shfl_xor_sync(~0u, part, step);
                     if (LANES <= 4 || lane < PARTS)
@@ -206,7 +218,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
 
         // -------------------------------------------------------------------------------------- 3. after the recurrence
 #pragma unroll
-        for (int k = 0; k < ITEMS; ++k) {
+        for (int k = 0; k < (CARRIES_ONLY ? 0 : ITEMS); ++k) {
             Item item(k, channels, tile_steps);
             if (!item.in_tile(k)) continue;
             long long at = b * p.y_batch + tile_offset(t0, c0, p.y_row) + item.offset(p.y_row);
@@ -247,5 +259,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
             store_pack<element, VECTOR>(p.y + at, out, item.valid);
         }
     }
-    write_states(p.last_state + b * p.dim * p.state_total);
+    if (CARRIES_ONLY) {
+        const long long batch_split = b * p.splits + block.split;
+        write_states(p.carries + batch_split * p.dim * p.state_total);
+#pragma unroll
+        for (int k = 0; k < CHANNELS; ++k)
+            if (lane == 0 && k * GROUPS + group < channels) p.totals[batch_split * p.dim + c0 + k * GROUPS + group] = total[k];
+    } else if (block.split == p.splits - 1) {
+        write_states(p.last_state + b * p.dim * p.state_total);
+    }
 }

@@ -139,15 +139,31 @@ DEVICE void stage_coefficient(int k, state_t* tile, const Raw<T>& raw) {
 
 // ---------------------------------------------------------------------------------------------- channels of a block
 struct Block {
-    long long b, c0;                                                   // batch entry and first channel
+    long long b, split, within;                                        // batch entry; part of time; number among the entry's blocks
+    long long c0;                                                      // first channel
     int channels;                                                      // how many of BLOCK_CHANNELS exist
 
     // A span is a run of channels that share their groups of B and of C; no block crosses its border.
-    DEVICE Block(long long index, long long span, long long blocks_per_span, long long blocks_per_batch) {
-        long long within = index % blocks_per_batch;
-        b = index / blocks_per_batch;
+    DEVICE Block(long long index, long long splits, long long span, long long blocks_per_span, long long blocks_per_batch) {
+        within = index % blocks_per_batch;
+        split = index / blocks_per_batch % splits;
+        b = index / blocks_per_batch / splits;
         c0 = within / blocks_per_span * span + within % blocks_per_span * BLOCK_CHANNELS;
         long long left = (within / blocks_per_span + 1) * span - c0;
         channels = left < BLOCK_CHANNELS ? (int)left : BLOCK_CHANNELS;
+    }
+};
+
+// ---------------------------------------------------------------------------------------------- parts of time
+// Where a channel's own work is too little for the GPU, time is cut into `splits` parts of whole chunks, each for a block of
+// its own. A first launch (CARRIES_ONLY) finds what each part hands on when nothing enters it; combine_carries.cu chains that.
+struct Split {
+    long long begin, end;                                              // steps, as they lie in memory
+
+    DEVICE Split(long long split, long long splits, long long length) {
+        const long long chunks = (length + CHUNK - 1) / CHUNK, share = (chunks + splits - 1) / splits;
+        const long long first = min(split * share, chunks), last = min(first + share, chunks);           // as they are walked
+        begin = (REVERSE ? chunks - last : first) * CHUNK;
+        end = min((REVERSE ? chunks - first : last) * CHUNK, length);
     }
 };

@@ -63,7 +63,7 @@ def selective_scan(operation, u, delta, A, B, C, D, z, delta_bias, initial_state
     xp = arrays.namespace(
         operation, u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, initial_state=initial_state
     )
-    if discretization not in ("euler", "zoh"):
+    if not isinstance(discretization, str) or discretization not in ("euler", "zoh"):
         raise ValueError(f"{operation}: discretization is {discretization!r}, wanted 'euler' or 'zoh'")
 
     dtype = u.dtype
@@ -183,7 +183,7 @@ def _wrong_shape(operation, name, x, wanted, hint=""):
     """The ValueError for a shape. `wanted` maps axes to sizes, None where any size will do."""
     if x.ndim == len(wanted) > 1:
         turned = (*x.shape[:-2], x.shape[-1], x.shape[-2])
-        if all(size is None or size == got for size, got in zip(wanted.values(), turned, strict=True)):
+        if turned != x.shape and all(size is None or size == got for size, got in zip(wanted.values(), turned, strict=True)):
             hint = f"; write {name}.swapaxes(-1, -2)"
     return ValueError(f"{operation}: {name} has shape {x.shape}, wanted {_axes(wanted)}{hint}")
 
@@ -216,7 +216,7 @@ def _wrong_coefficient_shape(operation, name, x, u_shape, A, is_complex, wanted_
             f"; with a complex A, {name} is complex of length {length}, "
             f"or real of length {2 * length} and interleaved (re, im, re, im, …)"
         )
-    elif x.shape[-1] == 2 * length:
+    elif x.shape[-1] == 2 * length != length:
         hint = f"; interleaved (re, im) values in {name} need a complex A"
     return _wrong_shape(operation, name, x, wanted, hint)
 
@@ -239,7 +239,7 @@ def _wrong_dtype(operation, name, x, wanted, because):
     start = f"{operation}: {name} is {dtype_name(came)}"
     if not came.isnative:
         return TypeError(
-            f"{start} in foreign byte order, wanted {wanted_text}{because} in this machine's; "
+            f"{start} in foreign byte order, wanted {wanted_text}{because}, in this machine's; "
             f"write {name}.astype({name}.dtype.newbyteorder('='))"
         )
     if came.type is np.void and came.itemsize == 2 and BFLOAT16 in wanted:

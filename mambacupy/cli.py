@@ -22,10 +22,20 @@ class OneLineError(click.ClickException):
     exit_code = 2
 
     def show(self, file=None):
-        click.echo(f"mambacupy: {self.format_message()}", err=True)
+        click.echo(f"mambacupy: {' '.join(self.format_message().splitlines())}", err=True)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """Commands whose usage errors are one line too."""
+
+    def invoke(self, context):
+        try:
+            return super().invoke(context)
+        except click.UsageError as error:
+            raise OneLineError(f"{error.format_message()} See {(error.ctx or context).command_path} --help") from None
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(mambacupy.__version__, prog_name="mambacupy")
 def main():
     """Mamba's selective scan over .npy files, on a GPU or without one."""
@@ -209,9 +219,9 @@ def _summary(checked, arguments, gpu, seconds, targets, ignored, as_json):
         f"scanned u {tuple(checked.u.shape)} {facts['dtype']}, {checked.state} states a channel, on {where} "
         f"in {seconds:.3g} s ({elements / seconds:.3g} elements/s)"
     )
-    click.echo(f"wrote {' and '.join(facts['outputs'])}")
+    click.echo(f"wrote {' and '.join(map(click.format_filename, facts['outputs']))}")
     if ignored:
-        click.echo(f"ignored, no argument of a scan: {', '.join(ignored)}")
+        click.echo(f"ignored, no argument of a scan: {', '.join(map(click.format_filename, ignored))}")
 
 
 @main.command()

@@ -4,8 +4,9 @@ The only file that knows `cupy.RawModule` and NVRTC. A kernel file is one self-c
 is expanded here, so CuPy's disk cache (which hashes the text it is given, but not what that text includes) recompiles when
 a header changes, and no include path is needed. What changes a kernel's inner loop is a `#define` in front of that text.
 
-A kernel file declares `struct Params`, whose members are all 8 bytes wide (pointers and `long long`), and takes it as its
-only argument. The struct is the single list of arguments: `Kernel.__call__` takes them by name and packs them in its order.
+A kernel file declares `struct Params`, whose members are all 8 bytes wide: first the pointers, then numbers (`long long`), of
+which the last is `first_block`. A kernel takes it as its only argument. The struct is the single list of arguments: here they
+are taken by name and packed in its order, the numbers once for every shape (`Kernel.prepare`), the pointers at every launch.
 """
 
 import functools
@@ -13,6 +14,7 @@ import hashlib
 import re
 import struct
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -67,10 +69,14 @@ def specialise(file, constants):
 
 
 def parameter_names(source):
-    """Names of the members of `struct Params`, in order."""
+    """Names of the members of `struct Params`, in order: of the pointers, and of the numbers after them."""
     body = re.search(r"struct Params \{(.*?)\n\};", source, re.DOTALL)[1]
-    statements = re.sub(r"//.*", "", body).split(";")
-    return tuple(re.search(r"(\w+)\s*$", name)[1] for s in statements if s.strip() for name in s.split(","))
+    pointers, numbers = [], []
+    for statement in re.sub(r"//.*", "", body).split(";"):
+        if statement.strip():
+            kind = pointers if "*" in statement else numbers
+            kind += [re.search(r"(\w+)\s*$", name)[1] for name in statement.split(",")]
+    return tuple(pointers), tuple(numbers)
 
 
 def compile_for(architecture, source):
@@ -100,37 +106,60 @@ def address(array):
 
 
 class Kernel:
-    """A compiled kernel. Compiles on its first call on each device."""
+    """A compiled kernel. Compiles on its first launch on each device.
+
+    Parameters
+    ----------
+    file, name : str
+        The kernel `name` of `cuda_src/file`.
+    constants : dict
+        What it is specialised by.
+    shared_bytes : int
+        Dynamic shared memory of a block.
+    """
 
     def __init__(self, file, name, constants, shared_bytes=0):
         import cupy
 
         source = specialise(file, constants)
-        self.names = parameter_names(source)
-        self._pack = struct.Struct(f"{len(self.names)}q").pack
-        self._type = np.dtype((np.void, 8 * len(self.names)))
+        self.pointers, self.numbers = parameter_names(source)
         self._raw = cupy.RawModule(code=source, options=OPTIONS).get_function(name)
         self._shared_bytes = shared_bytes
         self._allowed = set()  # devices on which the kernel may take that much shared memory
 
-    def __call__(self, blocks, threads, params):
-        """Launch on the current device and stream, without synchronising.
+    def prepare(self, blocks, threads, numbers):
+        """All of a launch but its pointers.
 
         Parameters
         ----------
         blocks, threads : int
-            Size of the grid and of a block. More blocks than one launch can have become several launches; the kernel adds
-            `first_block` to its block index.
-        params : dict
-            Value of every member of `Params` but `first_block`: arrays, None (a null pointer) or integers.
+            Size of the grid (any; it is split where one launch cannot hold it) and of a block.
+        numbers : dict
+            Value of every number of `Params` but `first_block`.
+
+        Returns
+        -------
+        callable
+            Launches on the current device and stream, without synchronising, given a dict with every pointer of `Params` by
+            name: an array, or None for a null pointer.
         """
-        if self._shared_bytes:
-            self._allow_shared_memory()
+        grids = []
         for first in range(0, blocks, MAX_BLOCKS):
-            values = params | {"first_block": first}
-            packed = self._pack(*[v if type(v) is int else address(v) for v in map(values.__getitem__, self.names)])
-            argument = np.frombuffer(packed, dtype=self._type)
-            self._raw((min(blocks - first, MAX_BLOCKS),), (threads,), (argument,), shared_mem=self._shared_bytes)
+            values = numbers | {"first_block": first}
+            packed = struct.pack(f"{len(self.numbers)}q", *(values[name] for name in self.numbers))
+            grids.append(((min(blocks - first, MAX_BLOCKS),), packed))
+        names, raw, shared_bytes = self.pointers, self._raw, self._shared_bytes
+        pack = struct.Struct(f"{len(names)}Q").pack
+        by_value = np.dtype((np.void, 8 * (len(names) + len(self.numbers))))
+
+        def launch(arrays):
+            if shared_bytes:
+                self._allow_shared_memory()
+            pointers = pack(*[address(arrays[name]) for name in names])
+            for grid, packed in grids:
+                raw(grid, (threads,), (np.frombuffer(pointers + packed, by_value),), shared_mem=shared_bytes)
+
+        return launch
 
     def _allow_shared_memory(self):
         """More dynamic shared memory than 48 KiB is asked for, once on each device."""
@@ -148,16 +177,32 @@ def _kernel(file, name, constants, shared_bytes):
 
 
 def get(file, name, constants, shared_bytes=0):
-    """The kernel `name` of `file`, specialised by `constants` (a dict); from memory where it was asked for before.
-
-    `shared_bytes` is the dynamic shared memory that every launch of it takes.
-    """
+    """The kernel of these arguments of `Kernel`; from memory where it was asked for before."""
     return _kernel(file, name, tuple(constants.items()), shared_bytes)
 
 
-@functools.cache
-def shared_memory_limit():
-    """Bytes of shared memory that a block may have on the current device."""
+class Device(NamedTuple):
+    """What the shape of a launch depends on."""
+
+    multiprocessors: int
+    shared_bytes: int  # that a block may have
+    shared_bytes_of_multiprocessor: int
+
+
+def device():
+    """The current device."""
     import cupy
 
-    return cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
+    return _device(cupy.cuda.runtime.getDevice())
+
+
+@functools.cache
+def _device(index):
+    import cupy
+
+    attributes = cupy.cuda.Device(index).attributes
+    return Device(
+        attributes["MultiProcessorCount"],
+        attributes["MaxSharedMemoryPerBlockOptin"],
+        attributes["MaxSharedMemoryPerMultiprocessor"],
+    )

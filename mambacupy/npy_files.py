@@ -1,6 +1,7 @@
 """Arrays in `.npy` and `.npz` files: read without loading them, write so that only complete files ever appear."""
 
 import contextlib
+import math
 import os
 import zipfile
 from pathlib import Path
@@ -15,6 +16,9 @@ _HOW_NUMPY_STORES_BFLOAT16 = np.dtype("V2")
 class FileError(Exception):
     """A file that cannot be used. The message is one line and names the file."""
 
+    def __init__(self, message):
+        super().__init__(" ".join(message.splitlines()))
+
 
 def open_array(path):
     """Memory-map a `.npy` file.
@@ -25,34 +29,47 @@ def open_array(path):
         It does not exist, is no `.npy` file, is cut short, or holds pickled objects.
     """
     path = Path(path)
-    try:
-        with open(path, "rb") as file:
-            return _map(path, file, 0, path.stat().st_size)
-    except OSError as error:
-        raise FileError(f"{path}: {error.strerror or error}") from None
+    with _errors_of(path, "a .npy file"), open(path, "rb") as file:
+        return _map(path, file, 0, path.stat().st_size)
 
 
-def open_npz(path):
-    """The arrays of an `.npz` file by name: memory-mapped where they are stored uncompressed, loaded otherwise."""
+def open_npz(path, wanted=None):
+    """The arrays of an `.npz` file by name: memory-mapped where they are stored uncompressed, loaded otherwise.
+
+    Where `wanted` names some, the others are not read, and None stands in their place.
+    """
     path = Path(path)
-    try:
-        with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-            found = {}
-            for member in archive.infolist():
-                name = member.filename.removesuffix(".npy")
-                if member.filename == name:
-                    continue
-                if member.compress_type == zipfile.ZIP_STORED:
+    with _errors_of(path, "an .npz file"), zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        found = {}
+        for member in archive.infolist():
+            name = member.filename.removesuffix(".npy")
+            if member.filename == name:
+                continue
+            label = f"{path}:{member.filename}"
+            with _errors_of(label, "a .npy file"):
+                if wanted is not None and name not in wanted:
+                    found[name] = None
+                elif member.compress_type == zipfile.ZIP_STORED:
                     start = _data_offset(file, member)
-                    found[name] = _map(f"{path}:{member.filename}", file, start, start + member.file_size)
+                    found[name] = _map(label, file, start, start + member.file_size)
                 else:
                     with archive.open(member) as stream:
-                        found[name] = _load(f"{path}:{member.filename}", stream)
-            return found
-    except zipfile.BadZipFile as error:
-        raise FileError(f"{path}: not an .npz file ({error})") from None
+                        found[name] = _load(label, stream)
+        return found
+
+
+@contextlib.contextmanager
+def _errors_of(label, kind):
+    """Give as a FileError what the parsers of NumPy and zipfile raise on bytes that are not theirs: nearly anything."""
+    try:
+        yield
+    except (FileError, MemoryError):
+        raise
     except OSError as error:
-        raise FileError(f"{path}: {error.strerror or error}") from None
+        raise FileError(f"{label}: {error.strerror or error}") from None
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise FileError(f"{label}: not {kind} ({reason})") from None
 
 
 def _data_offset(file, member):
@@ -63,12 +80,11 @@ def _data_offset(file, member):
 
 
 def _header(label, stream):
-    try:
-        version = np.lib.format.read_magic(stream)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran_order, dtype = read(stream)
-    except (ValueError, EOFError) as error:
-        raise FileError(f"{label}: not a .npy file ({str(error).splitlines()[0]})") from None
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran_order, dtype = read(stream)
+    if not all(type(size) is int and size >= 0 for size in shape) or dtype.itemsize == 0:
+        raise ValueError(f"its header says {shape} {dtype}")
     if dtype.hasobject:
         raise FileError(f"{label}: holds pickled Python objects, which are never loaded; wanted numbers")
     return shape, "F" if fortran_order else "C", dtype
@@ -78,7 +94,7 @@ def _map(label, file, start, end):
     """The array whose `.npy` bytes lie at [start, end) of an open file, as a read-only view of the file."""
     file.seek(start)
     shape, order, dtype = _header(label, file)
-    offset, wanted = file.tell(), int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    offset, wanted = file.tell(), math.prod(shape) * dtype.itemsize
     if end - offset < wanted:
         raise FileError(f"{label}: cut short: {end - offset} bytes of data, wanted {wanted} for {shape} {dtype}")
     if wanted == 0:
@@ -88,7 +104,7 @@ def _map(label, file, start, end):
 
 def _load(label, stream):
     shape, order, dtype = _header(label, stream)
-    wanted = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    wanted = math.prod(shape) * dtype.itemsize
     content = stream.read(wanted)
     if len(content) < wanted:
         raise FileError(f"{label}: cut short: {len(content)} bytes of data, wanted {wanted} for {shape} {dtype}")
@@ -122,13 +138,15 @@ class Outputs:
             The target exists and `force` is not set, its folder does not, or the disk has no room for it.
         """
         path = Path(path)
-        if path.is_dir():
-            raise FileError(f"{path}: is a folder, wanted the name of a file to write")
-        if path.exists() and not self.force:
-            raise FileError(f"{path}: exists; --force replaces it")
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
         stored = _HOW_NUMPY_STORES_BFLOAT16 if dtype == BFLOAT16 else np.dtype(dtype)
         try:
+            if path.is_dir():
+                raise FileError(f"{path}: is a folder, wanted the name of a file to write")
+            if path.exists() and not path.is_file():
+                raise FileError(f"{path}: is a device or pipe, wanted the name of a file to write")
+            if os.path.lexists(path) and not self.force:
+                raise FileError(f"{path}: exists; --force replaces it")
+            temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
             with open(temporary, "wb+") as file:
                 self._files.append([None, temporary, path])
                 header = {
@@ -153,6 +171,7 @@ class Outputs:
         if kind is not None:
             self._discard()
             return
+        renamed = []
         try:
             for array, temporary, _ in self._files:
                 if array is not None:
@@ -161,9 +180,13 @@ class Outputs:
                     os.fsync(file.fileno())
             for _, temporary, path in self._files:
                 _rename(temporary, path, self.force)
+                renamed.append(path)
+            renamed = []
         except OSError as failure:
             raise FileError(f"{failure.filename or self._files[0][2]}: {failure.strerror or failure}") from None
         finally:
+            for path in renamed if not self.force else ():  # another output could not follow
+                path.unlink()
             self._discard()
 
     def _discard(self):

@@ -50,8 +50,8 @@ class SelectiveScanSaved(NamedTuple):
 
 
 class SelectiveScanGrads(NamedTuple):
-    """Gradients of a scan, each in its argument's shape, layout and dtype; None where the argument was None (but
-    `initial_state`, whose gradient is always given). For complex numbers, ∂L/∂Re + i·∂L/∂Im."""
+    """Gradients of a scan, each in its argument's shape, layout and dtype; None where the argument was None. For complex
+    numbers, ∂L/∂Re + i·∂L/∂Im."""
 
     u: Any
     delta: Any
@@ -136,6 +136,8 @@ class _Scan:
     def channel_blocks(self):
         """Slices of batch and of channels such that the channels share their groups."""
         args = self.args
+        if args.dim == 0:
+            return
         span = np.gcd(args.dim // (args.groups_B or 1), args.dim // (args.groups_C or 1))
         width = int(min(span, max(1, BLOCK_STATES // args.state)))
         rows = int(max(1, BLOCK_STATES // (args.state * width)))
@@ -376,7 +378,7 @@ def selective_scan_bwd(dy, saved, dlast_state=None):
             dinitial[rows, channels] = carry.swapaxes(1, 2)  # (R, N, W) -> (R, W, N)
 
     dB, dC = (_in_layout(scan, d, x, g) for d, x, g in ((dB, B, args.groups_B), (dC, C, args.groups_C)))
-    return SelectiveScanGrads(du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial)
+    return SelectiveScanGrads(du, ddelta, dA, dB, dC, dD, dz, dbias, None if initial_state is None else dinitial)
 
 
 def _zeros_for(scan, x, groups):

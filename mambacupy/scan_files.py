@@ -4,6 +4,7 @@ Nothing is loaded as a whole: inputs are views of their files, outputs are writt
 two slots, so that reading block i + 1 and writing block i - 1 overlap the kernel of block i.
 """
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -42,18 +43,16 @@ def read_inputs(source, overrides):
     arrays, files, ignored = {}, {}, []
     if source is not None:
         source = Path(source)
-        if source.is_dir():
+        if os.path.isdir(source):
             found = {path.stem: path for path in sorted(source.glob("*.npy"))}
             for name in NAMES:
                 if name in found and name not in overrides:
                     arrays[name], files[name] = open_array(found[name]), str(found[name])
-        elif source.exists():
-            found = open_npz(source)
-            for name in NAMES:
-                if name in found:
-                    arrays[name], files[name] = found[name], f"{source}:{name}.npy"
         else:
-            raise FileError(f"{source}: no such file or folder")
+            found = open_npz(source, set(NAMES) - set(overrides))
+            for name in NAMES:
+                if name in found and name not in overrides:
+                    arrays[name], files[name] = found[name], f"{source}:{name}.npy"
         ignored = [name for name in found if name not in NAMES]
     for name, path in overrides.items():
         arrays[name], files[name] = open_array(path), str(path)

@@ -138,3 +138,24 @@ def relative_error(got, wanted):
     got = np.asarray(got).astype(wanted.dtype)
     norm = np.linalg.norm(wanted)
     return float(np.linalg.norm(got - wanted) / norm) if norm else float(np.linalg.norm(got))
+
+
+def like(x, values):
+    """Values in the dtype and memory order of x."""
+    values = values.astype(x.dtype)
+    if is_channel_contiguous(x):
+        return np.ascontiguousarray(values.swapaxes(1, 2)).swapaxes(1, 2)
+    return values
+
+
+def is_channel_contiguous(x):
+    return x.ndim == 3 and x.strides[1] == x.itemsize and x.strides[2] != x.itemsize
+
+
+def to_gpu(x):
+    """x on the GPU with its memory order kept."""
+    import cupy
+
+    if is_channel_contiguous(x):
+        return cupy.asarray(np.ascontiguousarray(x.swapaxes(1, 2))).swapaxes(1, 2)
+    return cupy.asarray(x)

@@ -1,0 +1,509 @@
+"""The command line: any block length gives the one-shot result; bad input is one line; outputs are complete or absent."""
+
+import errno
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import cases
+import numpy as np
+import pytest
+
+from mambacupy import cli, environment, scan_files, selective_scan
+from mambacupy.npy_files import open_array
+
+ROOT = Path(__file__).parent.parent
+OPTIONS = ("--softplus",)
+"""The base case's options, as the command line spells them."""
+
+
+@pytest.fixture(autouse=True)
+def handler_of_sigterm():
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def run(capsys):
+    """Function that runs `mambacupy` in this process. An exception that the command line lets through fails the test."""
+
+    def call(*arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main([str(argument) for argument in arguments])
+        return types.SimpleNamespace(code=stop.value.code, **capsys.readouterr()._asdict())
+
+    return call
+
+
+@pytest.fixture
+def base(tmp_path):
+    """The base case's arguments, and a folder that holds them."""
+    arguments, _ = cases.make()
+    save(tmp_path / "in", arguments)
+    return arguments, tmp_path / "in"
+
+
+def save(folder, arguments, how=None):
+    """Write arguments as a folder of files, or with numpy.savez or numpy.savez_compressed as one file."""
+    arguments = {name: x for name, x in arguments.items() if x is not None}
+    folder.mkdir()
+    if how is not None:
+        how(folder / "inputs.npz", **arguments)
+        return folder / "inputs.npz"
+    for name, x in arguments.items():
+        np.save(folder / f"{name}.npy", x)
+    return folder
+
+
+def command_options(options):
+    found = ["--discretization", options["discretization"]]
+    return found + ["--softplus"] * options["delta_softplus"] + ["--reverse"] * options["reverse"]
+
+
+def same(got, wanted):
+    return (got.shape, got.dtype, got.tobytes()) == (wanted.shape, wanted.dtype, wanted.tobytes())
+
+
+def files_in(folder):
+    """Every file below a folder with its content: what a run that failed must leave as it was."""
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
+# ---------------------------------------------------------------------------------------------------- results
+BLOCKWISE = (
+    "base", "reverse", "bfloat16", "float64", "complex-interleaved-B", "complex-bfloat16", "complex-groups", "constant-B",
+    "constant-BC", "groups-differ", "channel-order", "zoh-reverse", "reverse-complex", "no-initial-state", "no-z", "length-2",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("row", BLOCKWISE)
+def test_any_block_length_gives_the_one_shot_result(tmp_path, run, row):
+    arguments, options = cases.make(**cases.ROWS[row])
+    folder = save(tmp_path / "in", arguments)
+    y, last_state = selective_scan(**arguments, **options, return_last_state=True)
+    for block_length in (1, 9, 64, 69, 1000, None):
+        blocks = ["--block-length", block_length] if block_length else []
+        targets = ["-o", tmp_path / "y.npy", "--last-state", tmp_path / "h.npy", "--force"]
+        done = run("scan", folder, *targets, *blocks, *command_options(options))
+        assert done.code == 0, done.err
+        assert same(open_array(tmp_path / "y.npy"), y), block_length
+        assert same(open_array(tmp_path / "h.npy"), last_state), block_length
+
+
+def test_blocks_are_as_long_as_asked(base, tmp_path, run, monkeypatch):
+    lengths = []
+    monkeypatch.setattr(scan_files, "selective_scan", lambda u, **rest: lengths.append(u.shape[2]) or selective_scan(u, **rest))
+    run("scan", base[1], "-o", tmp_path / "y.npy", "--block-length", 32)
+    assert lengths == [32, 32, 6]
+
+
+@pytest.mark.parametrize("changes", [{}, {"complex": True}, {"dtype": "bfloat16", "B": 3}], ids=["real", "complex", "bfloat16"])
+def test_every_source_of_the_same_arrays_gives_the_same(tmp_path, run, changes):
+    arguments, options = cases.make(**changes)
+    y = selective_scan(**arguments, **options)
+    folder = save(tmp_path / "folder", arguments)
+    singles = [word for name in arguments for word in (f"--{name}", folder / f"{name}.npy")]
+    fortran = {name: np.asfortranarray(x) for name, x in arguments.items()}
+    sources = {
+        "folder": [folder],
+        "stored": [save(tmp_path / "stored", arguments, np.savez)],
+        "compressed": [save(tmp_path / "compressed", arguments, np.savez_compressed)],
+        "fortran": [save(tmp_path / "fortran", fortran)],
+        "fortran compressed": [save(tmp_path / "fortran_compressed", fortran, np.savez_compressed)],
+        "single files": singles,
+    }
+    for source, words in sources.items():
+        done = run("scan", *words, "-o", tmp_path / "y.npy", "--force", "--block-length", 33, *OPTIONS)
+        assert done.code == 0, done.err
+        assert same(open_array(tmp_path / "y.npy"), y), source
+
+
+@pytest.mark.parametrize("how", [None, np.savez, np.savez_compressed])
+def test_single_files_override(base, tmp_path, run, how):
+    """Also where what they stand in for could not be used."""
+    arguments, _ = base
+    source = save(tmp_path / "source", arguments | {"u": np.array([{}]), "D": None}, how)
+    np.save(tmp_path / "other.npy", arguments["u"] + 1)
+    np.save(tmp_path / "skip.npy", np.ones(24, np.float32))
+    overrides = ["--u", tmp_path / "other.npy", "--D", tmp_path / "skip.npy"]
+    done = run("scan", source, *overrides, "-o", tmp_path / "y.npy", *OPTIONS)
+    assert done.code == 0, done.err
+    wanted = arguments | {"u": arguments["u"] + 1, "D": np.ones(24, np.float32)}
+    assert same(open_array(tmp_path / "y.npy"), selective_scan(**wanted, delta_softplus=True))
+
+
+def test_bfloat16_outputs_are_inputs_again(tmp_path, run):
+    arguments, options = cases.make(dtype="bfloat16")
+    folder = save(tmp_path / "in", arguments)
+    y, h = selective_scan(**arguments, **options, return_last_state=True)
+    run("scan", folder, "-o", tmp_path / "y.npy", "--last-state", tmp_path / "h.npy", *OPTIONS)
+    assert np.load(tmp_path / "y.npy").dtype == np.load(folder / "u.npy").dtype
+    again = ["--u", tmp_path / "y.npy", "--initial_state", tmp_path / "h.npy"]
+    done = run("scan", folder, *again, "-o", tmp_path / "again.npy", *OPTIONS)
+    assert done.code == 0, done.err
+    assert same(open_array(tmp_path / "again.npy"), selective_scan(**arguments | {"u": y, "initial_state": h}, **options))
+
+
+@pytest.mark.parametrize("how", [None, np.savez_compressed])
+@pytest.mark.parametrize(
+    "changes", [{"length": 0}, {"batch": 0}, {"dim": 0}, {"length": 0, "complex": True, "B": "interleaved"}]
+)
+def test_arrays_without_elements(tmp_path, run, changes, how):
+    arguments, _ = cases.make(**changes)
+    source = save(tmp_path / "in", arguments, how)
+    done = run("scan", source, "-o", tmp_path / "y.npy", "--last-state", tmp_path / "h.npy")
+    assert done.code == 0, done.err
+    assert same(open_array(tmp_path / "y.npy"), arguments["u"])
+    assert same(open_array(tmp_path / "h.npy"), arguments["initial_state"])
+
+
+# ---------------------------------------------------------------------------------------------------- bad input
+def change(name, how):
+    """Damage: put how(array) in a file's place."""
+    return lambda folder: np.save(folder / f"{name}.npy", how(np.load(folder / f"{name}.npy")))
+
+
+def write(name, content):
+    """Damage: replace the file `name` by bytes, or by some of its own."""
+
+    def damage(folder):
+        (folder / name).write_bytes(content if isinstance(content, bytes) else (folder / name).read_bytes()[content])
+
+    return damage
+
+
+def folder_instead(folder):
+    (folder / "u.npy").unlink()
+    (folder / "u.npy").mkdir()
+
+
+def forbid(path, mode=0):
+    path.chmod(mode)
+    if os.access(path, os.W_OK):
+        pytest.skip("nothing is forbidden to this user")
+
+
+def zipped(content):
+    """Damage: an .npz file of the good arrays, replaced by what content(bytes) gives."""
+
+    def damage(folder):
+        path = folder.parent / "x.npz"
+        np.savez_compressed(path, **{file.stem: np.load(file) for file in folder.glob("*.npy")})
+        path.write_bytes(content(path.read_bytes()))
+        return path
+
+    return damage
+
+
+GROUPS_OF_5 = np.ones((2, 5, 16, 70), np.float32)
+HEADER = b"\x93NUMPY\x01\x00\x76\x00" + b"{'descr': '<f4', 'fortran_order': False, 'shape': (%s)}".ljust(98)
+
+BAD = {  # damage to the folder of inputs, which may name others; words of the one line
+    "no-such-folder": (lambda folder: folder / "no", ["in/no: ", "o such file or"]),
+    "name-too-long": (lambda folder: "x" * 5000, ["xxx: ", "name too long"]),
+    "array-missing": (lambda folder: (folder / "B.npy").unlink(), ["in: no B.npy", "needs u, delta, A, B and C", "--B"]),
+    "file-empty": (write("u.npy", b""), ["in/u.npy: not a .npy file"]),
+    "file-cut-short": (write("u.npy", slice(-4)), ["in/u.npy: cut short: 13436 bytes", "wanted 13440 for (2, 24, 70) float32"]),
+    "text": (write("u.npy", b"1 2 3\n4 5 6\n"), ["in/u.npy: not a .npy file"]),
+    "pickled": (change("u", lambda u: np.array([{}])), ["in/u.npy: holds pickled Python objects", "wanted numbers"]),
+    "header-of-impossible-size": (write("u.npy", HEADER % b"4294967296, 4294967296"), ["in/u.npy: cut short: 0 bytes"]),
+    "header-negative": (write("u.npy", HEADER % b"-1, 2147483648, 214748"), ["in/u.npy: not a .npy file", "(-1, "]),
+    "folder-as-file": (folder_instead, ["in/u.npy: Is a directory"]),
+    "unreadable": (lambda folder: forbid(folder / "u.npy"), ["in/u.npy: Permission denied"]),
+    "wrong-shape": (change("B", lambda B: B[..., :-1]), ["in/B.npy: B has shape (2, 16, 69)", "state=16, length=70)"]),
+    "wrong-axes": (change("z", lambda z: z.swapaxes(1, 2)), ["in/z.npy: z has shape (2, 70, 24)", "write z.swapaxes(-1, -2)"]),
+    "wrong-rank": (change("u", lambda u: u[0]), ["in/u.npy: u has shape (24, 70)", "wanted (batch, dim, length)", "u[None]"]),
+    "no-axes": (change("A", lambda A: A[0, 0]), ["in/A.npy: A has shape ()", "wanted (dim=24, state)"]),
+    "integers": (change("u", lambda u: u.astype(int)), ["in/u.npy: u is int64", "wanted float16, bfloat16, float32 or"]),
+    "mixed-dtypes": (change("delta", np.float64), ["in/delta.npy: delta is float64", "wanted float32, the dtype of u"]),
+    "structured": (change("D", lambda D: D.view([("a", "<f4")])), ["in/D.npy: D is void32", "wanted float32"]),
+    "big-endian": (change("A", lambda A: A.astype(">f4")), ["in/A.npy: A is float32 in foreign byte order", "wanted float32"]),
+    "groups": (change("C", lambda C: GROUPS_OF_5), ["in/C.npy: C has shape (2, 5, 16, 70)", "24 is not divisible by 5"]),
+    "initial-state": (change("initial_state", lambda h: h[:1]), ["in/initial_state.npy: initial_state has shape (1, 24, 16)"]),
+    "a-single-array": (lambda folder: folder / "u.npy", ["in/u.npy: not an .npz file"]),
+    "npz-text": (zipped(lambda content: b"text"), ["x.npz: not an .npz file"]),
+    "npz-cut-short": (zipped(lambda content: content[:-30]), ["x.npz: not an .npz file"]),
+    "npz-corrupted": (zipped(lambda content: content[:200] + b"\xff" * 2000 + content[2200:]), ["x.npz"]),
+    "npz-without-arrays": (zipped(lambda content: b"PK\5\6" + bytes(18)), ["x.npz: no u.npy, delta.npy, A.npy, B.npy, C.npy"]),
+}  # fmt: skip
+
+
+def refused(done, words):
+    """Whether a run ended with exit code 2 and one line on stderr that has all the words."""
+    assert done.code == 2
+    assert done.out == ""
+    assert len(done.err.splitlines()) == 1 and done.err.endswith("\n"), done.err
+    assert done.err.startswith("mambacupy: ") and all(word in done.err for word in words), done.err
+    return True
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_told_in_one_line(base, tmp_path, run, case):
+    damage, words = BAD[case]
+    folder = base[1]
+    source = damage(folder) or folder
+    before = set(tmp_path.rglob("*"))
+    assert refused(run("scan", source, "-o", tmp_path / "y.npy", "--last-state", tmp_path / "h.npy", *OPTIONS), words)
+    assert set(tmp_path.rglob("*")) == before
+
+
+USES = {  # command line, where {} is the folder of the test; words of the one line
+    "no-inputs": ("-o {}/y.npy", ["no u.npy, delta.npy, A.npy, B.npy, C.npy", "--u FILE"]),
+    "no-output": ("{}/in", ["--output"]),
+    "no-such-option": ("{}/in -o {}/y.npy --fast", ["--fast"]),
+    "discretization": ("{}/in -o {}/y.npy --discretization tustin", ["'tustin'", "euler", "zoh"]),
+    "block-length": ("{}/in -o {}/y.npy --block-length 0", ["--block-length", "0"]),
+    "output-exists": ("{}/in -o {}/there.npy", ["there.npy: exists; --force replaces it"]),
+    "last-state-exists": ("{}/in -o {}/y.npy --last-state {}/there.npy", ["there.npy: exists; --force replaces it"]),
+    "output-is-a-folder": ("{}/in -o {}/sub --force", ["sub: is a folder"]),
+    "output-is-the-root": ("{}/in -o / --force", ["/: is a folder"]),
+    "output-is-the-inputs": ("{}/in -o {}/in --force", ["in: is an input"]),
+    "no-folder-for-output": ("{}/in -o {}/no/y.npy", ["no/y.npy: No such file or directory; nothing was written"]),
+    "file-for-folder": ("{}/in -o {}/there.npy/y.npy", ["there.npy/y.npy: Not a directory"]),
+    "output-name-too-long": ("{}/in -o {}/" + "y" * 300, ["yyy: ", "name too long"]),
+    "output-is-input": ("{}/in -o {}/in/u.npy --force", ["in/u.npy: is an input"]),
+    "last-state-is-input": ("{}/in -o {}/y.npy --last-state {}/sub/../in/initial_state.npy --force", ["is an input"]),
+    "output-is-a-link-to-input": ("{}/in -o {}/link.npy --force", ["link.npy: is an input"]),
+    "output-is-npz": ("{}/x.npz -o {}/x.npz --force", ["x.npz: is an input"]),
+    "one-file-for-both": ("{}/in -o {}/y.npy --last-state {}/sub/../y.npy", ["y.npy: named for two outputs"]),
+    "device": ("{}/in -o {}/y.npy --device gpu", ["--device gpu: wanted auto, cpu, cuda or cuda:N"]),
+    "device-number": ("{}/in -o {}/y.npy --device cuda:-1", ["--device cuda:-1: wanted"]),
+    "device-text": ("{}/in -o {}/y.npy --device cuda:0x", ["--device cuda:0x: wanted"]),
+}
+
+
+@pytest.mark.parametrize("case", USES)
+def test_bad_use_is_told_in_one_line(base, tmp_path, run, case):
+    line, words = USES[case]
+    np.savez(tmp_path / "x.npz", **base[0])
+    (tmp_path / "there.npy").write_bytes(b"mine")
+    (tmp_path / "link.npy").symlink_to(tmp_path / "in" / "u.npy")
+    (tmp_path / "sub").mkdir()
+    before = files_in(tmp_path)
+    assert refused(run("scan", *line.replace("{}", str(tmp_path)).split()), words)
+    assert files_in(tmp_path) == before
+
+
+def test_folder_that_must_not_be_written(base, tmp_path, run):
+    (tmp_path / "sub").mkdir()
+    forbid(tmp_path / "sub", 0o500)
+    assert refused(
+        run("scan", base[1], "-o", tmp_path / "sub" / "y.npy"), ["sub/y.npy: Permission denied; nothing was written"]
+    )
+
+
+def test_folder_that_must_not_be_entered(base, tmp_path, run):
+    forbid(base[1])
+    try:
+        assert refused(run("scan", base[1] / "x.npz", "-o", tmp_path / "y.npy"), ["x.npz: Permission denied"])
+    finally:
+        base[1].chmod(0o700)
+
+
+# ---------------------------------------------------------------------------------------------------- devices
+@pytest.mark.parametrize("device", ["cuda", "cuda:3"])
+def test_cuda_that_is_missing(base, tmp_path, run, monkeypatch, device):
+    monkeypatch.setattr(environment, "explain_missing", lambda: "no usable driver: install one")
+    done = run("scan", base[1], "-o", tmp_path / "y.npy", "--device", device)
+    assert refused(done, [f"--device {device}: no usable driver: install one"])
+    assert not (tmp_path / "y.npy").exists()
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_without_cuda_the_cpu_scans(base, tmp_path, run, monkeypatch, device):
+    monkeypatch.setattr(environment, "explain_missing", lambda: "no usable driver: install one")
+    done = run("scan", base[1], "-o", tmp_path / "y.npy", "--device", device, "--json")
+    assert json.loads(done.out)["device"] == "cpu"
+
+
+def test_device_that_is_not_there(base, tmp_path, run, monkeypatch):
+    runtime = types.SimpleNamespace(getDeviceCount=lambda: 2)
+    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=types.SimpleNamespace(runtime=runtime)))
+    monkeypatch.setattr(environment, "explain_missing", lambda: None)
+    done = run("scan", base[1], "-o", tmp_path / "y.npy", "--device", "cuda:2")
+    assert refused(done, ["--device cuda:2: there are 2 devices, cuda:0 to cuda:1"])
+
+
+# ---------------------------------------------------------------------------------------------------- complete or absent
+def test_existing_outputs_are_replaced_with_force_only(base, tmp_path, run):
+    arguments, folder = base
+    (tmp_path / "y.npy").write_bytes(b"mine")
+    assert refused(run("scan", folder, "-o", tmp_path / "y.npy"), ["--force"])
+    assert (tmp_path / "y.npy").read_bytes() == b"mine"
+    assert run("scan", folder, "-o", tmp_path / "y.npy", "--force", *OPTIONS).code == 0
+    assert same(open_array(tmp_path / "y.npy"), selective_scan(**arguments, delta_softplus=True))
+    assert sorted(os.listdir(tmp_path)) == ["in", "y.npy"]
+
+
+FAILURES = {
+    "memory": (MemoryError(), 2, "out of memory"),
+    "interrupt": (KeyboardInterrupt(), 130, "interrupted; nothing was written"),
+    "gpu": (type("OutOfMemoryError", (Exception,), {})("Out of memory\nallocating"), 2, "--device cpu may help"),
+    "disk": (OSError(errno.ENOSPC, "No space left on device"), 2, "y.npy: No space left on device; nothing was written"),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_failure_midway_leaves_everything_as_it_was(base, tmp_path, run, monkeypatch, failure):
+    error, code, words = FAILURES[failure]
+    parts = []
+
+    def fail(*arguments, **options):
+        parts.extend(path.name for path in tmp_path.glob(".*.part"))
+        if len(parts) < 4 and failure != "disk":
+            return selective_scan(*arguments, **options)
+        raise error
+
+    module, name = (os, "posix_fallocate") if failure == "disk" else (scan_files, "selective_scan")
+    monkeypatch.setattr(module, name, fail)
+    (tmp_path / "y.npy").write_bytes(b"mine")
+    before = files_in(tmp_path)
+    targets = ["-o", tmp_path / "y.npy", "--last-state", tmp_path / "h.npy", "--force"]
+    done = run("scan", base[1], *targets, "--block-length", 8)
+    assert len(set(parts)) == (1 if failure == "disk" else 2)
+    assert (done.code, done.out, len(done.err.splitlines())) == (code, "", 1)
+    assert words in done.err
+    assert files_in(tmp_path) == before
+
+
+def start(*arguments, **options):
+    """`mambacupy scan` on a process of its own, whose signals are not those that a shell may have turned off."""
+    command = [sys.executable, "-m", "mambacupy.cli", "scan", *map(str, arguments)]
+    turned_on = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, **turned_on, **{"stderr": subprocess.PIPE} | options)
+
+
+@pytest.fixture
+def slow(tmp_path):
+    """Inputs and options of a scan that takes several seconds."""
+    arguments, _ = cases.make(batch=1, dim=2, state=1, length=200_000)
+    return [save(tmp_path / "in", arguments), "--block-length", 1, "--device", "cpu"]
+
+
+def wait_for(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("force", [False, True], ids=["new", "force"])
+def test_interruption_leaves_everything_as_it_was(slow, tmp_path, number, code, force):
+    if force:
+        (tmp_path / "y.npy").write_bytes(b"mine")
+    before = files_in(tmp_path)
+    process = start(*slow, "-o", tmp_path / "y.npy", *["--force"] * force)
+    wait_for(lambda: list(tmp_path.glob(".*.part")) or process.poll() is not None)
+    time.sleep(0.1)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (code, b"")
+    assert b"Traceback" not in err and len(err.splitlines()) <= 1
+    assert files_in(tmp_path) == before
+
+
+# ---------------------------------------------------------------------------------------------------- hostile names and links
+@pytest.mark.parametrize("name", ["ünï→ 数据 y.npy", "y", "a\nb.npy", os.fsdecode(b"\xff.npy")], ids=ascii)
+def test_outputs_of_any_name(base, tmp_path, run, name):
+    target = tmp_path / name
+    for json_option in ([], ["--json"]):
+        try:
+            target.unlink(missing_ok=True)
+            target.touch()
+            target.unlink()
+        except OSError:
+            pytest.skip("this file system has no such names")
+        done = run("scan", base[1], f"--output={target}", *json_option, *OPTIONS)
+        assert (done.code, done.err) == (0, "")
+        assert same(open_array(target), selective_scan(**base[0], delta_softplus=True))
+    assert json.loads(done.out)["outputs"] == [str(target)]
+
+
+def test_inputs_of_any_name(base, tmp_path, run):
+    folder = base[1].rename(tmp_path / "ünï\n数据")
+    assert run("scan", folder, "-o", tmp_path / "y.npy").code == 0
+    change("u", lambda u: u[0])(folder)
+    assert refused(run("scan", folder, "-o", tmp_path / "z.npy"), ["数据/u.npy: u has shape (24, 70)"])
+
+
+@pytest.mark.parametrize("link", ["symbolic", "hard"])
+def test_a_linked_target_is_replaced_and_its_other_name_kept(base, tmp_path, run, link):
+    """A hard link to an input too: its content is still read when the output takes the name."""
+    arguments, folder = base
+    other = folder / "u.npy" if link == "hard" else tmp_path / "other.npy"
+    if link == "hard":
+        os.link(other, tmp_path / "y.npy")
+    else:
+        other.write_bytes(b"theirs")
+        (tmp_path / "y.npy").symlink_to(other)
+    before = other.read_bytes()
+    done = run("scan", folder, "-o", tmp_path / "y.npy", "--force", "--block-length", 8, *OPTIONS)
+    assert done.code == 0, done.err
+    assert same(open_array(tmp_path / "y.npy"), selective_scan(**arguments, delta_softplus=True))
+    assert other.read_bytes() == before
+
+
+@pytest.mark.parametrize("how", [None, np.savez, np.savez_compressed])
+def test_what_is_no_argument_is_named_and_not_read(base, tmp_path, run, how):
+    """Not even if it could not be: it holds Python objects."""
+    source = save(tmp_path / "source", base[0] | {"labels": np.array([{}]), "sub": np.array([{}])}, how)
+    done = run("scan", source, "-o", tmp_path / "y.npy")
+    assert done.code == 0, done.err
+    assert "ignored, no argument of a scan: labels, sub" in done.out
+
+
+# ---------------------------------------------------------------------------------------------------- what is printed
+def test_summary(base, tmp_path, run):
+    done = run("scan", base[1], "-o", tmp_path / "y.npy", "--last-state", tmp_path / "h.npy", "--device", "cpu")
+    assert done.err == ""
+    first, second = done.out.splitlines()
+    assert first.startswith("scanned u (2, 24, 70) float32, 16 states a channel, on cpu in ")
+    assert second == f"wrote {tmp_path / 'y.npy'} and {tmp_path / 'h.npy'}"
+
+
+@pytest.mark.parametrize("quiet", [[], ["--quiet"]], ids=["", "quiet"])
+def test_json(base, tmp_path, run, quiet):
+    np.save(base[1] / "age.npy", np.zeros(3))
+    done = run("scan", base[1], "-o", tmp_path / "y.npy", "--json", "--device", "cpu", *quiet)
+    assert done.err == ""
+    facts = json.loads(done.out)
+    assert facts["shapes"] == {name: list(x.shape) for name, x in base[0].items()}
+    assert (facts["dtype"], facts["device"]) == ("float32", "cpu")
+    assert facts["outputs"] == [str(tmp_path / "y.npy")]
+    assert facts["ignored"] == ["age"]
+    assert facts["elements_per_second"] == pytest.approx(2 * 24 * 70 / facts["seconds"], rel=0.01)
+
+
+def test_quiet(base, tmp_path, run):
+    done = run("scan", base[1], "-o", tmp_path / "y.npy", "--quiet")
+    assert (done.code, done.out, done.err) == (0, "", "")
+    assert (tmp_path / "y.npy").exists()
+
+
+@pytest.mark.parametrize("options, shown", [([], True), (["--quiet"], False), (["--json"], False)], ids=["", "quiet", "json"])
+def test_progress_is_shown_on_a_terminal_only(base, tmp_path, options, shown):
+    """That it is not shown elsewhere, test_summary says."""
+    ours, theirs = pty.openpty()
+    process = start(base[1], "-o", tmp_path / "y.npy", "--block-length", 7, "--device", "cpu", *options, stderr=theirs)
+    os.close(theirs)
+    seen = b""
+    try:
+        while part := os.read(ours, 4096):
+            seen += part
+    except OSError:  # how Linux says that the other end is closed
+        pass
+    finally:
+        os.close(ours)
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert (b"scanning" in seen and b"100%" in seen) if shown else seen == b""

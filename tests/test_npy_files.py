@@ -1,0 +1,269 @@
+"""Files are read without loading them, and whatever they hold is an array or a FileError of one line; outputs are whole."""
+
+import errno
+import io
+import os
+import random
+import warnings
+import zipfile
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from mambacupy.npy_files import FileError, Outputs, open_array, open_npz
+
+NUMBERS = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+
+
+def npy(x):
+    """The bytes that numpy.save writes."""
+    stream = io.BytesIO()
+    np.save(stream, x)
+    return stream.getvalue()
+
+
+def npy_with_header(shape, descr="<f4", data=bytes(64)):
+    header = repr({"descr": descr, "fortran_order": False, "shape": shape}).encode().ljust(245) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + data
+
+
+def open_as(container, folder, content):
+    """Open bytes as a .npy file, or as u.npy in a stored or compressed .npz file."""
+    if container == "npy":
+        path = folder / "u.npy"
+        path.write_bytes(content)
+        return open_array(path)
+    path = folder / "x.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED if container == "stored" else zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("u.npy", content)
+    return open_npz(path)["u"]
+
+
+CONTAINERS = ("npy", "stored", "compressed")
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize(
+    "x",
+    [
+        NUMBERS,
+        np.asfortranarray(NUMBERS),
+        NUMBERS.astype(ml_dtypes.bfloat16),
+        np.asfortranarray(NUMBERS.astype(ml_dtypes.bfloat16)),
+        NUMBERS + 1j,
+        NUMBERS[:, :0],
+        NUMBERS[0, 0, 0],
+        NUMBERS.astype(">f4"),
+    ],
+    ids=["float32", "fortran", "bfloat16", "fortran-bfloat16", "complex64", "no-elements", "no-axes", "big-endian"],
+)
+def test_arrays_come_back(tmp_path, container, x):
+    got = open_as(container, tmp_path, npy(x))
+    assert (got.shape, got.dtype, got.tobytes()) == (x.shape, x.dtype, x.tobytes())
+    assert not got.size or not got.flags.writeable
+
+
+@pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
+def test_every_version_of_the_format_is_read(tmp_path, version):
+    with open(tmp_path / "u.npy", "wb") as file:
+        np.lib.format.write_array(file, NUMBERS, version)
+    assert np.array_equal(open_array(tmp_path / "u.npy"), NUMBERS)
+
+
+def test_files_are_mapped_and_not_loaded(tmp_path):
+    """64 GiB of zeros in a sparse file."""
+    path = tmp_path / "u.npy"
+    path.write_bytes(npy_with_header((1, 1, 2**34), data=b""))
+    try:
+        os.truncate(path, path.stat().st_size + 2**36)
+    except OSError as error:
+        pytest.skip(f"no sparse files here ({error})")
+    x = open_array(path)
+    assert x.shape == (1, 1, 2**34)
+    assert x[0, 0, -1] == 0
+
+
+def test_stored_arrays_of_an_npz_file_are_mapped(tmp_path):
+    np.savez(tmp_path / "x.npz", u=NUMBERS, A=NUMBERS[0])
+    with open(tmp_path / "x.npz", "rb+") as file:
+        found = open_npz(tmp_path / "x.npz")
+        content = file.read()
+        place = content.index(NUMBERS.tobytes())
+        file.seek(place)
+        file.write(np.float32(99).tobytes())
+        file.flush()
+        assert found["u"][0, 0, 0] == 99
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"", "not a .npy file"),
+        (b"0.1 0.2 0.3\n", "not a .npy file"),
+        (npy(NUMBERS)[:70], "not a .npy file"),
+        (npy(NUMBERS)[:-1], "cut short: 95 bytes of data, wanted 96"),
+        (npy(np.array([{}])), "pickled"),
+        (npy_with_header((2**62,)), "cut short"),
+        (npy_with_header((2**32, 2**32, 2)), "cut short"),
+        (npy_with_header((2**70,)), "cut short"),
+        (npy_with_header((0, 2**70)), "not a .npy file"),
+        (npy_with_header((-1,)), "not a .npy file"),
+        (npy_with_header((-2, -3)), "not a .npy file"),
+        (npy_with_header((1,) * 99), "not a .npy file"),
+        (npy_with_header((True,)), "not a .npy file"),
+        (npy_with_header("(2,)"), "not a .npy file"),
+        (npy_with_header((2,), "<q9"), "not a .npy file"),
+        (npy_with_header((2**40,), "|S0"), "not a .npy file"),
+        (npy(NUMBERS).replace(b"(2, 3, 4), }", b"((, 3, 4), }"), "not a .npy file"),
+    ],
+    ids=[
+        "empty", "text", "cut-header", "cut-data", "pickled", "huge", "product-overflows", "size-overflows",
+        "empty-and-overflows", "negative", "negative-twice", "too-many-axes", "boolean", "text-shape", "no-such-dtype",
+        "no-bytes", "unbalanced",
+    ],
+)  # fmt: skip
+def test_what_is_no_array_is_told_in_one_line(tmp_path, container, content, words):
+    with pytest.raises(FileError) as caught:
+        open_as(container, tmp_path, content)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "u.npy: " in message
+    assert words in message
+
+
+def spoilt(rng, content):
+    """Bytes with a few of them changed, removed or inserted."""
+    content = bytearray(content)
+    for _ in range(rng.randint(1, 3)):
+        i = rng.randrange(len(content))
+        kind = rng.random()
+        if kind < 0.7:
+            content[i] = rng.choice((0, 255, rng.randrange(256), *b"(){}[],:-9'\n"))
+        elif kind < 0.85:
+            del content[i : i + rng.randint(1, min(40, len(content) - 1))]
+        else:
+            content[i:i] = rng.randbytes(rng.randint(1, 8))
+    return bytes(content)
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_spoilt_files_raise_nothing_but_file_errors(tmp_path, container):
+    rng = random.Random(0)
+    if container == "npy":
+        good, path, read = npy(NUMBERS)[:140], tmp_path / "u.npy", open_array
+    else:
+        save = np.savez if container == "stored" else np.savez_compressed
+        stream = io.BytesIO()
+        save(stream, u=np.arange(8.0), A=np.ones((3, 2)))
+        good, path, read = stream.getvalue(), tmp_path / "x.npz", open_npz
+    refused = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of NumPy, about headers that Python 2 might have written
+        for _ in range(1000):
+            content = spoilt(rng, good)
+            path.write_bytes(content)
+            try:
+                read(path)
+            except FileError as error:
+                refused += 1
+                assert str(error).startswith(str(path)) and len(str(error).splitlines()) == 1
+            except Exception as error:
+                pytest.fail(f"{type(error).__name__}: {error} from {content!r}")
+    assert refused > 500
+
+
+def test_only_arrays_of_an_npz_file_count(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.mkdir("deep.npy/") if hasattr(archive, "mkdir") else archive.writestr("deep.npy/", b"")
+        archive.writestr("deep.npy/u.npy", npy(NUMBERS + 1))
+        archive.writestr("readme.txt", b"about u")
+        archive.writestr("u.npy", npy(NUMBERS))
+    found = open_npz(tmp_path / "x.npz")
+    assert set(found) == {"u", "deep.npy/u"}
+    assert np.array_equal(found["u"], NUMBERS)
+
+
+def test_an_encrypted_npz_file_is_refused(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez_compressed(path, u=NUMBERS)
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\1\2") + 8] |= 1  # the flag in the central directory and the one in the local header
+    content[6] |= 1
+    path.write_bytes(content)
+    with pytest.raises(FileError, match=r"x\.npz.*encrypted"):
+        open_npz(path)
+
+
+# ---------------------------------------------------------------------------------------------------- writing
+@pytest.mark.parametrize("x", [NUMBERS, NUMBERS.astype(ml_dtypes.bfloat16), NUMBERS * 1j, NUMBERS[:0]])
+def test_what_is_written_is_what_numpy_reads(tmp_path, x):
+    path = tmp_path / "y.npy"
+    with Outputs() as outputs:
+        outputs.create(path, x.shape, x.dtype)[...] = x
+        assert not path.exists()
+    numpy_reads = np.load(path)
+    assert (numpy_reads.shape, numpy_reads.tobytes()) == (x.shape, x.tobytes())
+    assert numpy_reads.dtype == np.load(io.BytesIO(npy(x))).dtype
+    assert open_array(path).dtype == x.dtype
+    assert os.listdir(tmp_path) == ["y.npy"]
+    assert path.stat().st_size % 64 == x.nbytes % 64  # data start aligned, and nothing follows them
+
+
+@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("force", [False, True])
+def test_failure_leaves_everything_as_it_was(tmp_path, failure, force):
+    before = {}
+    if force:
+        (tmp_path / "y.npy").write_bytes(b"mine")
+        before = {"y.npy": b"mine"}
+    with pytest.raises(failure), Outputs(force) as outputs:
+        outputs.create(tmp_path / "y.npy", (3,), np.float32)[...] = 1
+        outputs.create(tmp_path / "h.npy", (3,), np.float32)
+        raise failure
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_met_before_the_first_byte(tmp_path, monkeypatch, number):
+    def full(descriptor, offset, size):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(FileError, match=rf"y\.npy: {os.strerror(number)}; nothing was written"), Outputs() as outputs:
+        outputs.create(tmp_path / "y.npy", (3,), np.float32)
+    assert os.listdir(tmp_path) == []
+
+
+def test_space_is_claimed_where_the_system_cannot(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    x = np.arange(500_000.0)
+    with Outputs() as outputs:
+        y = outputs.create(tmp_path / "y.npy", x.shape, x.dtype)
+        (part,) = tmp_path.iterdir()
+        assert part.stat().st_blocks * 512 >= x.nbytes
+        y[...] = x
+    assert np.array_equal(np.load(tmp_path / "y.npy"), x)
+
+
+def test_what_appeared_meanwhile_is_kept(tmp_path):
+    """…and then none of the outputs appears."""
+    with pytest.raises(FileError, match=r"h\.npy: appeared"), Outputs() as outputs:
+        outputs.create(tmp_path / "y.npy", (3,), np.float32)
+        outputs.create(tmp_path / "h.npy", (3,), np.float32)
+        (tmp_path / "h.npy").write_bytes(b"theirs")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"h.npy": b"theirs"}
+
+
+@pytest.mark.parametrize("special", ["fifo", "dangling"])
+def test_only_regular_files_are_replaced(tmp_path, special):
+    """With --force and the right to do so, /dev/null would become a file; a dangling link is something that exists."""
+    target = tmp_path / "y.npy"
+    os.mkfifo(target) if special == "fifo" else target.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileError, match=r"y\.npy: "), Outputs(force=special == "fifo") as outputs:
+        outputs.create(target, (3,), np.float32)
+        pytest.fail("known only when the work is done")
+    assert os.listdir(tmp_path) == ["y.npy"]
+    assert not target.is_file()
