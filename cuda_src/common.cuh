@@ -192,6 +192,13 @@ DEVICE void sincos_product(float step, float A, float& sine, float& cosine) {
 }
 DEVICE void sincos_product(double step, double A, double& sine, double& cosine) { sincos(step * A, &sine, &cosine); }
 
+// sum += x, with what rounding drops kept in `lost` and put back the next time (Kahan's summation).
+template <typename R> DEVICE void add_exactly(R& sum, R& lost, R x) {
+    R y = x - lost, next = sum + y;
+    lost = (next - sum) - y;
+    sum = next;
+}
+
 // ---------------------------------------------------------------------------------------------- complex numbers
 template <typename R>
 struct alignas(2 * sizeof(R)) Complex { R re, im; };

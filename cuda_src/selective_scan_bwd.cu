@@ -18,15 +18,16 @@
 // No atomics: dB and dC are summed over a warp by exchange, over warps in shared memory, and over blocks by sum_parts.cu; dA,
 // dD and ddelta_bias over time by their threads, and over the batch by sum_parts.cu. Every order is fixed.
 //
-// Compile-time, besides tile.cuh's: CARRIES_ONLY DY_T ZOH B_VARIES C_VARIES B_TIME_FAST C_TIME_FAST SHARED_BYTES BLOCKS_PER_SM.
+// Compile-time, besides tile.cuh's: CARRIES_ONLY DY_T ZOH SHARED_BYTES BLOCKS_PER_SM.
 #include "tile.cuh"
 
 constexpr int SEGMENT = 8, SEGMENTS = CHUNK / SEGMENT;                 // steps whose Ā and h a lane holds at once
-constexpr int WARPS = THREADS / 32, REALS = sizeof(state_t) / sizeof(real);
+constexpr int WARPS = THREADS / 32;
 constexpr bool SUMS_OVER_CHANNELS = B_VARIES || C_VARIES;
 constexpr int EXCHANGED = SEGMENT * SLOTS * 2;                         // dB and dC of a segment in one lane
 constexpr int SHARERS = THREADS / BLOCK_CHANNELS;                      // threads that sum one channel over time
 static_assert(TILE == CHUNK, "a tile is a chunk");
+static_assert(TILE % (4 * SHARERS) == 0, "threads of a channel share its steps evenly");
 static_assert(BLOCK_CHANNELS <= THREADS, "a thread sums at most one channel over time");
 static_assert(CHANNELS == 1 || LANES > 1, "two channels are told apart by neighbouring lanes");
 
@@ -166,7 +167,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
     };
 
     real total[CHANNELS] = {};                                         // Σ Δ
-    real dD = 0, dbias = 0;                                            // of channel threadIdx.x % BLOCK_CHANNELS
+    real dD = 0, dbias = 0, dD_lost = 0, dbias_lost = 0;               // of channel threadIdx.x % BLOCK_CHANNELS
     // One step forwards: Ā of every state, and h advanced.
     auto advance = [&](int t, state_t (&h)[CHANNELS][SLOTS], state_t (&a)[CHANNELS][SLOTS]) {
         state_t Bt[SLOTS];
@@ -194,9 +195,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
 
         // -------------------------------------------------------------------------------------- Δ, Δ·u, gy, B and C
 #pragma unroll 2
-        for (int k = 0; k < COEFFICIENT_LOADS; ++k) {
-            if (B_VARIES) stage_coefficient<B_TIME_FAST>(k, shared.B, load_coefficient<B_TIME_FAST>(k, B, t0, steps, (int)p.state));
-            if (C_VARIES) stage_coefficient<C_TIME_FAST>(k, shared.C, load_coefficient<C_TIME_FAST>(k, C, t0, steps, (int)p.state));
+        for (int k = 0; k < (B_VARIES ? coefficient_loads<B_VECTOR>() : 0); ++k) {
+            auto raw = load_coefficient<B_TIME_FAST, B_VECTOR>(k, 0, B, t0, steps, (int)p.state);
+            stage_coefficient<B_TIME_FAST, B_VECTOR, B_T>(k, 0, shared.B, raw);
+        }
+#pragma unroll 2
+        for (int k = 0; k < (C_VARIES ? coefficient_loads<C_VECTOR>() : 0); ++k) {
+            auto raw = load_coefficient<C_TIME_FAST, C_VECTOR>(k, 0, C, t0, steps, (int)p.state);
+            stage_coefficient<C_TIME_FAST, C_VECTOR, C_T>(k, 0, shared.C, raw);
         }
 #pragma unroll 1
         for (int k = 0; k < ITEMS; ++k) {
@@ -447,14 +453,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
         }
         if (!p.sums_out && (p.D || p.delta_bias)) {
             __syncthreads();
-            Step sum = {};
-#pragma unroll 4
-            for (int t = threadIdx.x / BLOCK_CHANNELS; t < TILE; t += SHARERS) {
-                Step terms = shared.steps[t][column<sizeof(Step)>(threadIdx.x % BLOCK_CHANNELS, t)];
-                sum = {sum.dt + terms.dt, sum.x + terms.x};
+            Step sum[4] = {};
+#pragma unroll 1
+            for (int t = threadIdx.x / BLOCK_CHANNELS; t < TILE; t += 4 * SHARERS) {
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    const int row = t + j * SHARERS;
+                    Step terms = shared.steps[row][column<sizeof(Step)>(threadIdx.x % BLOCK_CHANNELS, row)];
+                    sum[j] = {sum[j].dt + terms.dt, sum[j].x + terms.x};
+                }
             }
-            dD += sum.dt;
-            dbias += sum.x;
+            add_exactly(dD, dD_lost, (sum[0].dt + sum[1].dt) + (sum[2].dt + sum[3].dt));
+            add_exactly(dbias, dbias_lost, (sum[0].x + sum[1].x) + (sum[2].x + sum[3].x));
         }
         __syncthreads();
     }

@@ -15,14 +15,15 @@
 // Few channels and long sequences: time is cut into parts, and a first launch with CARRIES_ONLY runs the recurrence alone
 // (tile.cuh).
 //
-// Compile-time, besides tile.cuh's: CARRIES_ONLY ZOH B_VARIES C_VARIES B_TIME_FAST C_TIME_FAST BLOCKS_PER_SM. All are set by
+// Compile-time, besides tile.cuh's: CARRIES_ONLY ZOH BLOCKS_PER_SM. All are set by
 // mambacupy/ops/scan_kernels.py, with the reasons.
 #include "tile.cuh"
 
 struct alignas(2 * sizeof(real)) Step { real dt, dtu; };               // Δ and Δ·u of one element
 constexpr int PARTS = LANES < 4 ? LANES : 4;                           // parts of Σ_n C·h left to phase 3
 struct alignas(PARTS * sizeof(real) < 16 ? PARTS * sizeof(real) : 16) Parts { real at[PARTS]; };
-constexpr bool COEFFICIENTS_AHEAD = COEFFICIENT_LOADS <= 8;            // few enough to wait in registers
+constexpr int B_LOADS = coefficient_loads<B_VECTOR>(), C_LOADS = coefficient_loads<C_VECTOR>(), C_TURN = THREADS / 2;
+constexpr bool COEFFICIENTS_AHEAD = B_LOADS <= 8 && C_LOADS <= 8;      // few enough to wait in registers
 constexpr bool C_STAGED = C_VARIES && !CARRIES_ONLY;
 constexpr int UNROLL = TILE < 4 ? TILE : 4;
 
@@ -106,8 +107,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
 
     // ------------------------------------------------------------------------------------------ loads of a tile
     Pack<element, VECTOR> u_now[ITEMS], z_now[ITEMS], u_next[ITEMS], z_next[ITEMS], delta_next[ITEMS];
-    Raw<B_T> B_next[COEFFICIENTS_AHEAD ? COEFFICIENT_LOADS : 1];
-    Raw<C_T> C_next[COEFFICIENTS_AHEAD ? COEFFICIENT_LOADS : 1];
+    Pack<B_T, B_VECTOR * REALS> B_next[COEFFICIENTS_AHEAD ? B_LOADS : 1];
+    Pack<C_T, C_VECTOR * REALS> C_next[COEFFICIENTS_AHEAD ? C_LOADS : 1];
+    auto load_B = [&](int k, long long t0, int tile_steps) {
+        return load_coefficient<B_TIME_FAST, B_VECTOR>(k, 0, B, t0, tile_steps, (int)p.state);
+    };
+    auto load_C = [&](int k, long long t0, int tile_steps) {
+        return load_coefficient<C_TIME_FAST, C_VECTOR>(k, C_TURN, C, t0, tile_steps, (int)p.state);
+    };
     auto steps_in = [&](long long t0) { return p.length - t0 < TILE ? (int)(p.length - t0) : TILE; };
     auto load = [&](long long t0) {
         const element* u = p.u + b * p.u_batch + tile_offset(t0, c0, p.u_row);
@@ -121,12 +128,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
             delta_next[k] = load_pack<element, VECTOR>(delta + item.offset(p.delta_row), item.valid);
             if (!CARRIES_ONLY && p.z) z_next[k] = load_pack<element, VECTOR>(z + item.offset(p.z_row), item.valid);
         }
-        if (!COEFFICIENTS_AHEAD) return;
 #pragma unroll
-        for (int k = 0; k < (COEFFICIENTS_AHEAD ? COEFFICIENT_LOADS : 0); ++k) {
-            if (B_VARIES) B_next[k] = load_coefficient<B_TIME_FAST>(k, B, t0, tile_steps, (int)p.state);
-            if (C_STAGED) C_next[k] = load_coefficient<C_TIME_FAST>(k, C, t0, tile_steps, (int)p.state);
-        }
+        for (int k = 0; k < (COEFFICIENTS_AHEAD && B_VARIES ? B_LOADS : 0); ++k) B_next[k] = load_B(k, t0, tile_steps);
+#pragma unroll
+        for (int k = 0; k < (COEFFICIENTS_AHEAD && C_STAGED ? C_LOADS : 0); ++k) C_next[k] = load_C(k, t0, tile_steps);
     };
 
     for (int c = threadIdx.x; c < BLOCK_CHANNELS; c += THREADS) {
@@ -144,12 +149,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
         const int tile_steps = steps_in(t0);
 
         // -------------------------------------------------------------------------------------- 1. before the recurrence
-#pragma unroll(COEFFICIENTS_AHEAD ? COEFFICIENT_LOADS : 2)
-        for (int k = 0; k < COEFFICIENT_LOADS; ++k) {
-            if (!COEFFICIENTS_AHEAD && B_VARIES) B_next[0] = load_coefficient<B_TIME_FAST>(k, B, t0, tile_steps, (int)p.state);
-            if (!COEFFICIENTS_AHEAD && C_STAGED) C_next[0] = load_coefficient<C_TIME_FAST>(k, C, t0, tile_steps, (int)p.state);
-            if (B_VARIES) stage_coefficient<B_TIME_FAST>(k, B_tile, B_next[COEFFICIENTS_AHEAD ? k : 0]);
-            if (C_STAGED) stage_coefficient<C_TIME_FAST>(k, C_tile, C_next[COEFFICIENTS_AHEAD ? k : 0]);
+#pragma unroll(COEFFICIENTS_AHEAD ? B_LOADS : 2)
+        for (int k = 0; k < (B_VARIES ? B_LOADS : 0); ++k) {
+            if (!COEFFICIENTS_AHEAD) B_next[0] = load_B(k, t0, tile_steps);
+            stage_coefficient<B_TIME_FAST, B_VECTOR, B_T>(k, 0, B_tile, B_next[COEFFICIENTS_AHEAD ? k : 0]);
+        }
+#pragma unroll(COEFFICIENTS_AHEAD ? C_LOADS : 2)
+        for (int k = 0; k < (C_STAGED ? C_LOADS : 0); ++k) {
+            if (!COEFFICIENTS_AHEAD) C_next[0] = load_C(k, t0, tile_steps);
+            stage_coefficient<C_TIME_FAST, C_VECTOR, C_T>(k, C_TURN, C_tile, C_next[COEFFICIENTS_AHEAD ? k : 0]);
         }
 #pragma unroll
         for (int k = 0; k < ITEMS; ++k) {

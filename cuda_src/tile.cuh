@@ -6,7 +6,8 @@
 //   element by element   in the memory order of u: an item is VECTOR neighbouring elements, moved by one instruction;
 //   step by step         LANES neighbouring lanes hold the states of CHANNELS channels, SLOTS states of each in every lane.
 //
-// Compile-time: COMPLEX REVERSE TIME_CONTIGUOUS VECTOR LANES SLOTS CHANNELS TILE THREADS, and the element types U_T B_T C_T.
+// Compile-time: COMPLEX REVERSE TIME_CONTIGUOUS VECTOR LANES SLOTS CHANNELS TILE THREADS, the element types U_T B_T C_T, and for
+// B and C: VARIES, TIME_FAST, and VECTOR, the neighbours moved at once.
 #pragma once
 #include "common.cuh"
 
@@ -75,66 +76,73 @@ DEVICE int column(int c, int t) {
 }
 
 // ---------------------------------------------------------------------------------------------- B and C
-// A tile of B or C as states: rows of COEFFICIENT_PITCH, of which 16 bytes are padding against bank conflicts.
+// A tile of B or C as states: rows of COEFFICIENT_PITCH, of which 16 bytes are padding against bank conflicts. It is loaded by
+// `coefficient_loads<V>()` accesses of each thread to V neighbours in memory: steps where TIME_FAST, states else.
+constexpr int REALS = sizeof(state_t) / sizeof(real);
 constexpr int COEFFICIENT_PITCH = STATES + (sizeof(state_t) * STATES >= 16 ? 16 / (int)sizeof(state_t) : 0);
-constexpr int COEFFICIENT_LOADS = (TILE * STATES + THREADS - 1) / THREADS;                    // per thread
 
-template <typename T>
-struct Raw {                                                           // a value of B or C as it lies in memory
-    T re;
-#if COMPLEX
-    T im;
-    DEVICE state_t value() const { return {to_real(re), to_real(im)}; }
-#else
-    DEVICE state_t value() const { return to_real(re); }
-#endif
-};
+template <int V> DEVICE constexpr int coefficient_items() { return TILE * STATES / V; }
+template <int V> DEVICE constexpr int coefficient_loads() { return (coefficient_items<V>() + THREADS - 1) / THREADS; }
 
 template <typename T>
 struct Coefficient {                                                   // B or C, for one batch entry and group
     const T* base;
     long long state_stride, time_stride, imag;                         // imag: distance from real to imaginary part
+};
 
-    DEVICE Raw<T> at(int n, long long t, bool inside) const {
-        Raw<T> raw = {};
-        if (inside) {
-            const T* from = base + n * state_stride + t * time_stride;
-            raw.re = from[0];
-#if COMPLEX
-            raw.im = from[imag];
-#endif
+template <bool TIME_FAST, int V>
+struct CoefficientItem {                                               // access k of a thread
+    int t, n;                                                          // step and state of its first entry
+    bool in_tile;
+
+    // `turn` lets B and C begin with different threads where there is not enough work for all of them.
+    DEVICE CoefficientItem(int k, int turn) {
+        const int index = (threadIdx.x + turn) % THREADS + k * THREADS;
+        in_tile = coefficient_items<V>() % THREADS == 0 || index < coefficient_items<V>();
+        if (!TIME_FAST) {
+            t = index / (STATES / V);
+            n = index % (STATES / V) * V;
+        } else if (V > 1) {                                            // a half-warp's stores to a row touch every bank once
+            constexpr int N = STATES < 16 ? STATES : 16;
+            n = index % N + index / (N * TILE / V) * N;
+            t = index / N % (TILE / V) * V;
+        } else {                                                       // patches of 8 steps x 4 states, with the pitch likewise
+            constexpr int N = STATES < 4 ? STATES : 4, T = TILE < 8 ? TILE : 8;
+            t = index % T + index / (T * STATES) * T;
+            n = index / T % N + index / (T * N) % (STATES / N) * N;
         }
-        return raw;
     }
 };
 
-// Entry number `index` of a tile of B or C. Neighbouring threads take neighbours in memory; where time is contiguous, in
-// patches of 8 steps x 4 states, because with the padded pitch such a patch touches every bank of shared memory once.
-template <bool TIME_FAST>
-DEVICE void coefficient_position(int index, int& t, int& n) {
-    constexpr int N = STATES < 4 ? STATES : 4, T = TILE < 8 ? TILE : 8;
-    if (TIME_FAST) {
-        t = index % T + index / (T * STATES) * T;
-        n = index / T % N + index / (T * N) % (STATES / N) * N;
-    } else {
-        t = index / STATES;
-        n = index % STATES;
+template <bool TIME_FAST, int V, typename T>
+DEVICE Pack<T, V * REALS> load_coefficient(int k, int turn, const Coefficient<T>& x, long long t0, int steps, int states) {
+    const CoefficientItem<TIME_FAST, V> item(k, turn);
+    const T* from = x.base + item.n * x.state_stride + (t0 + item.t) * x.time_stride;
+    int valid = TIME_FAST ? (item.n < states ? steps - item.t : 0) : (item.t < steps ? states - item.n : 0);
+    if (!item.in_tile) valid = 0;
+    if (V > 1) return load_pack<T, V * REALS>(from, valid * REALS);
+    Pack<T, V * REALS> raw = {};
+    if (valid > 0) {
+        raw.set(0, from[0]);
+        if (COMPLEX) raw.set(REALS - 1, from[x.imag]);
     }
+    return raw;
 }
 
-template <bool TIME_FAST, typename T>
-DEVICE Raw<T> load_coefficient(int k, const Coefficient<T>& x, long long t0, int steps, int states) {
-    int index = threadIdx.x + k * THREADS, t, n;
-    coefficient_position<TIME_FAST>(index, t, n);
-    return x.at(n, t0 + t, n < states && t < steps && (TILE * STATES % THREADS == 0 || index < TILE * STATES));
-}
-
-template <bool TIME_FAST, typename T>
-DEVICE void stage_coefficient(int k, state_t* tile, const Raw<T>& raw) {
-    int index = threadIdx.x + k * THREADS, t, n;
-    coefficient_position<TIME_FAST>(index, t, n);
-    if (TILE * STATES % THREADS == 0 || index < TILE * STATES)
-        tile[(REVERSE ? TILE - 1 - t : t) * COEFFICIENT_PITCH + n] = raw.value();
+template <bool TIME_FAST, int V, typename T>
+DEVICE void stage_coefficient(int k, int turn, state_t* tile, const Pack<T, V * REALS>& raw) {
+    const CoefficientItem<TIME_FAST, V> item(k, turn);
+    if (!item.in_tile) return;
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+        const int t = TIME_FAST ? item.t + j : item.t, n = TIME_FAST ? item.n : item.n + j;
+#if COMPLEX
+        state_t value = {to_real(raw.get(2 * j)), to_real(raw.get(2 * j + 1))};
+#else
+        state_t value = to_real(raw.get(j));
+#endif
+        tile[(REVERSE ? TILE - 1 - t : t) * COEFFICIENT_PITCH + n] = value;
+    }
 }
 
 // ---------------------------------------------------------------------------------------------- channels of a block

@@ -1,4 +1,4 @@
-"""The command line: `mambacupy scan` and `mambacupy info`."""
+"""The command line: `mambacupy scan`, `mambacupy grad` and `mambacupy info`."""
 
 import contextlib
 import json as json_format
@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 import mambacupy
-from mambacupy import environment, scan_files
+from mambacupy import environment, grad_files, scan_files
 from mambacupy.npy_files import FileError, Outputs
 
 
@@ -38,85 +38,163 @@ class _Commands(click.Group):
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(mambacupy.__version__, prog_name="mambacupy")
 def main():
-    """Mamba's selective scan over .npy files, on a GPU or without one."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends like Ctrl-C: through every `finally`
+    """Mamba's selective scan and its gradient over .npy files, on a GPU or without one."""
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", None)):
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, _end)
 
 
-def _file_options(command):
-    for name in reversed(scan_files.NAMES):
-        option = click.option(f"--{name}", name.lower() + "_file", metavar="FILE", help=f"{name} from this .npy file.")
+def _end(number, _):
+    """End as Ctrl-C does, through every `finally`. A closed terminal may send its signal twice: one is enough."""
+    signal.signal(number, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
+# ---------------------------------------------------------------------------------------------------- what commands share
+class _Name(click.ParamType):
+    """Name of a file or folder."""
+
+    name = "name"
+
+    def convert(self, value, parameter, context):
+        if not value:
+            self.fail("is empty (a shell variable that is not set?), wanted the name of a file or folder", parameter, context)
+        return value
+
+
+def _inputs(kind):
+    """The argument INPUTS, and an option for every single file."""
+
+    def decorate(command):
+        for name in reversed(kind.names):
+            spellings = dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}"))
+            text = f"{name} from this .npy file."
+            command = click.option(*spellings, name.lower() + "_file", type=_Name(), metavar="FILE", help=text)(command)
+        return click.argument("inputs", required=False, type=_Name())(command)
+
+    return decorate
+
+
+_SETTINGS = (
+    click.option("--softplus", is_flag=True, help="Apply softplus to delta + delta_bias."),
+    click.option("--reverse", is_flag=True, help="Let time run from the last step to the first."),
+    click.option(
+        "--discretization",
+        type=click.Choice(["euler", "zoh"]),
+        default="euler",
+        show_default=True,
+        help="Input term: Mamba's Δ·B·u, or the exact zero-order hold.",
+    ),
+    click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N", help="Where to run."),
+    click.option(
+        "--block-length",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Steps read, computed and written at a time.",
+    ),
+    click.option("--force", is_flag=True, help="Replace output files that exist."),
+    click.option("--quiet", is_flag=True, help="No summary, no progress bar."),
+    click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON."),
+)
+
+
+def _settings(command):
+    for option in reversed(_SETTINGS):
         command = option(command)
     return command
 
 
-@main.command()
-@click.argument("inputs", required=False)
-@_file_options
-@click.option("-o", "--output", required=True, metavar="FILE", help="Where y goes (.npy).")
-@click.option("--last-state", metavar="FILE", help="Where the state after the final step goes (.npy).")
-@click.option("--softplus", is_flag=True, help="Apply softplus to delta + delta_bias.")
-@click.option("--reverse", is_flag=True, help="Let time run from the last step to the first.")
-@click.option(
-    "--discretization",
-    type=click.Choice(["euler", "zoh"]),
-    default="euler",
-    show_default=True,
-    help="Input term: Mamba's Δ·B·u, or the exact zero-order hold.",
-)
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N", help="Where to run.")
-@click.option(
-    "--block-length",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Steps read, scanned and written at a time.",
-)
-@click.option("--force", is_flag=True, help="Replace output files that exist.")
-@click.option("--quiet", is_flag=True, help="No summary, no progress bar.")
-@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
-def scan(
-    inputs,
-    output,
-    last_state,
-    softplus,
-    reverse,
-    discretization,
-    device,
-    block_length,
-    force,
-    quiet,
-    as_json,
-    **named,
-):
-    """Scan INPUTS, a folder of u.npy delta.npy A.npy B.npy C.npy (and D.npy z.npy delta_bias.npy initial_state.npy if
-    wanted) or an .npz file with these names, and write y.
+class _Job:
+    """One run over files: its inputs and settings, what is shown while it runs, and its summary."""
 
-    Files may be larger than memory: they are read, scanned and written block by block. Outputs appear when they are
-    complete, or not at all.
-    """
-    overrides = {name: named[name.lower() + "_file"] for name in scan_files.NAMES if named[name.lower() + "_file"]}
-    options = {"delta_softplus": softplus, "reverse": reverse, "discretization": discretization}
-    with _errors_in_one_line():
-        arguments, files, ignored = scan_files.read_inputs(inputs, overrides)
-        targets = [output] + ([last_state] if last_state else [])
-        _refuse_overwriting_inputs(inputs, files, targets)
+    def __init__(
+        self, kind, inputs, softplus, reverse, discretization, device, block_length, force, quiet, as_json, **single_files
+    ):
+        overrides = {name: single_files[name.lower() + "_file"] for name in kind.names}
+        overrides = {name: path for name, path in overrides.items() if path is not None}
+        self.kind, self.inputs = kind, inputs
+        self.options = {"delta_softplus": softplus, "reverse": reverse, "discretization": discretization}
+        self.device, self.block_length, self.force = device, block_length, force
+        self.quiet, self.as_json = quiet, as_json
+        self.arguments, self.files, self.ignored = scan_files.read_inputs(inputs, overrides, kind)
+
+    def check(self, check, targets):
+        """Refuse what cannot be run or would destroy its own inputs; finds the device."""
+        self.targets = targets
+        self._refuse_overwriting_inputs()
         try:
-            checked = scan_files.check(arguments, options)
+            self.checked = check(self.arguments, self.options)
         except (TypeError, ValueError) as error:
-            raise OneLineError(_with_file(error, files)) from None
-        gpu = _device(device)
+            raise OneLineError(self._with_file(error)) from None
+        self.gpu = _device(self.device)
+
+    def _refuse_overwriting_inputs(self):
+        used = {os.path.realpath(name) for name in self.files.values()}
+        if self.inputs is not None:
+            used.add(os.path.realpath(self.inputs))
+        seen = set()
+        for target in self.targets:
+            real = os.path.realpath(target)
+            if real in used:
+                raise OneLineError(f"{target}: is an input of this {self.kind.what}; write elsewhere")
+            if real in seen:
+                raise OneLineError(f"{target}: named for two outputs; each needs a file of its own")
+            seen.add(real)
+
+    def _with_file(self, error):
+        """The gate's message with the file of the argument it names in front."""
+        argument = re.match(r"\w+: (\w+)", str(error))
+        text = str(error).removeprefix(f"{self.kind.what}: ")
+        return f"{self.files[argument[1]]}: {text}" if argument and argument[1] in self.files else text
+
+    @contextlib.contextmanager
+    def outputs(self):
         start = time.perf_counter()
-        with Outputs(force) as outputs:
-            y = outputs.create(output, checked.u.shape, checked.u.dtype)
-            kept = None
-            if last_state:
-                kept = outputs.create(last_state, (checked.batch, checked.dim, checked.state), checked.A.dtype)
-            blocks = scan_files.scan_blocks(arguments, options, y, gpu, block_length)
-            state = _with_progress(blocks, checked.length, quiet or as_json)
-            if kept is not None:
-                kept[...] = state
-        seconds = time.perf_counter() - start
-    if not quiet or as_json:
-        _summary(checked, arguments, gpu, seconds, targets, ignored, as_json)
+        with Outputs(self.force) as outputs:
+            yield outputs
+        self.seconds = time.perf_counter() - start
+
+    def run(self, label, parts):
+        """Run all parts of the work, which say how much is done, under a progress bar that is shown on a terminal only."""
+        shown = not (self.quiet or self.as_json) and sys.stderr.isatty()
+        bar = click.progressbar(length=1000, label=label, file=sys.stderr) if shown else contextlib.nullcontext()
+        with bar:
+            for done in parts:
+                if shown:
+                    bar.update(round(1000 * done) - bar.pos)
+
+    def report(self, did, wrote):
+        """Print the summary. `did` stands before u's shape; `wrote` tells of the outputs."""
+        if self.quiet and not self.as_json:
+            return
+        checked, gpu, seconds = self.checked, self.gpu, self.seconds
+        elements = checked.batch * checked.dim * checked.length
+        if gpu is None:
+            where = "cpu"
+        else:
+            import cupy
+
+            where = f"cuda:{gpu} ({cupy.cuda.runtime.getDeviceProperties(gpu)['name'].decode()})"
+        facts = {
+            "shapes": {name: list(x.shape) for name, x in self.arguments.items() if x is not None},
+            "dtype": checked.u.dtype.name,
+            "device": where,
+            "seconds": round(seconds, 6),
+            "elements_per_second": round(elements / seconds) if seconds else None,
+            "outputs": [str(Path(target)) for target in self.targets],
+            "ignored": self.ignored,
+        }
+        if self.as_json:
+            click.echo(json_format.dumps(facts))
+            return
+        click.echo(
+            f"{did} u {tuple(checked.u.shape)} {facts['dtype']}, {checked.state} states a channel, on {where} "
+            f"in {seconds:.3g} s ({elements / seconds:.3g} elements/s)"
+        )
+        click.echo(f"wrote {wrote}")
+        if self.ignored:
+            ignored = ", ".join(map(click.format_filename, self.ignored))
+            click.echo(f"ignored, no argument of a {self.kind.what}: {ignored}")
 
 
 @contextlib.contextmanager
@@ -142,27 +220,6 @@ def _errors_in_one_line():
         raise
 
 
-def _with_file(error, files):
-    """The gate's message with the file of the argument it names in front."""
-    argument = re.match(r"\w+: (\w+)", str(error))
-    text = str(error).removeprefix("scan: ")
-    return f"{files[argument[1]]}: {text}" if argument and argument[1] in files else text
-
-
-def _refuse_overwriting_inputs(inputs, files, targets):
-    used = {os.path.realpath(name) for name in files.values()}
-    if inputs is not None:
-        used.add(os.path.realpath(inputs))
-    seen = set()
-    for target in targets:
-        real = os.path.realpath(target)
-        if real in used:
-            raise OneLineError(f"{target}: is an input of this scan; write elsewhere")
-        if real in seen:
-            raise OneLineError(f"{target}: named for two outputs; each needs a file of its own")
-        seen.add(real)
-
-
 def _device(name):
     """CUDA device number, or None for the CPU."""
     match = re.fullmatch(r"cuda(?::(\d+))?", name)
@@ -184,44 +241,58 @@ def _device(name):
     return index
 
 
-def _with_progress(blocks, length, hidden):
-    """Run all blocks under a progress bar, shown on a terminal only; the last state."""
-    shown = not hidden and sys.stderr.isatty()
-    bar = click.progressbar(length=length, label="scanning", file=sys.stderr) if shown else contextlib.nullcontext()
-    with bar:
-        for after in blocks:
-            if shown:
-                bar.update(after[0] - bar.pos)
-    return after[1]
+# ---------------------------------------------------------------------------------------------------- commands
+@main.command()
+@_inputs(scan_files.SCAN)
+@click.option("-o", "--output", required=True, type=_Name(), metavar="FILE", help="Where y goes (.npy).")
+@click.option("--last-state", type=_Name(), metavar="FILE", help="Where the state after the final step goes (.npy).")
+@_settings
+def scan(output, last_state, **given):
+    """Scan INPUTS, a folder of u.npy delta.npy A.npy B.npy C.npy (and D.npy z.npy delta_bias.npy initial_state.npy if
+    wanted) or an .npz file with these names, and write y.
+
+    Files may be larger than memory: they are read, scanned and written block by block. Outputs appear when they are
+    complete, or not at all.
+    """
+    with _errors_in_one_line():
+        job = _Job(scan_files.SCAN, **given)
+        job.check(scan_files.check, [output] if last_state is None else [output, last_state])
+        u, A = job.checked.u, job.checked.A
+        with job.outputs() as outputs:
+            y = outputs.create(output, u.shape, u.dtype)
+            kept = None
+            if last_state is not None:
+                kept = outputs.create(last_state, (*u.shape[:2], A.shape[1]), A.dtype)
+            job.run("scanning", scan_files.scan_blocks(job.arguments, job.options, y, kept, job.gpu, job.block_length))
+    job.report("scanned", " and ".join(click.format_filename(Path(target)) for target in job.targets))
 
 
-def _summary(checked, arguments, gpu, seconds, targets, ignored, as_json):
-    elements = checked.batch * checked.dim * checked.length
-    if gpu is None:
-        where = "cpu"
-    else:
-        import cupy
+@main.command()
+@_inputs(grad_files.GRADIENT)
+@click.option("-o", "--output", required=True, type=_Name(), metavar="FOLDER", help="Where the gradients go.")
+@_settings
+def grad(output, **given):
+    """Gradients of the scan of INPUTS, which is what `mambacupy scan` takes and with it dy.npy, the gradient of y (and
+    dlast_state.npy, that of the last state, if wanted). Writes du.npy ddelta.npy dA.npy … into a folder, one for every
+    argument that is given; the folder is made unless it exists.
 
-        where = f"cuda:{gpu} ({cupy.cuda.runtime.getDeviceProperties(gpu)['name'].decode()})"
-    facts = {
-        "shapes": {name: list(x.shape) for name, x in arguments.items() if x is not None},
-        "dtype": checked.u.dtype.name,
-        "device": where,
-        "seconds": round(seconds, 6),
-        "elements_per_second": round(elements / seconds) if seconds else None,
-        "outputs": [str(Path(target)) for target in targets],
-        "ignored": ignored,
-    }
-    if as_json:
-        click.echo(json_format.dumps(facts))
-        return
-    click.echo(
-        f"scanned u {tuple(checked.u.shape)} {facts['dtype']}, {checked.state} states a channel, on {where} "
-        f"in {seconds:.3g} s ({elements / seconds:.3g} elements/s)"
-    )
-    click.echo(f"wrote {' and '.join(map(click.format_filename, facts['outputs']))}")
-    if ignored:
-        click.echo(f"ignored, no argument of a scan: {', '.join(map(click.format_filename, ignored))}")
+    Files may be larger than memory: they are read, computed and written block by block. A block is a whole multiple of 64
+    steps, to which --block-length is rounded up. Outputs appear when they are complete, or not at all.
+    """
+    with _errors_in_one_line():
+        job = _Job(grad_files.GRADIENT, **given)
+        arguments, options = job.arguments, job.options
+        files = {name: Path(output, f"d{name}.npy") for name in grad_files.wanted(arguments)}
+        job.check(grad_files.check, list(files.values()))
+        blocks = grad_files.blocks_of_time(job.checked.u, job.block_length, options["reverse"])
+        with job.outputs() as outputs:
+            outputs.folder(output)
+            grads = {name: outputs.create(path, arguments[name].shape, arguments[name].dtype) for name, path in files.items()}
+            shape = (len(blocks), job.checked.batch, job.checked.dim, job.checked.state)
+            states = outputs.scratch(Path(output, "states"), shape, job.checked.A.dtype)
+            job.run("differentiating", grad_files.grad_blocks(arguments, options, blocks, grads, states, job.gpu))
+    *names, last = (path.name for path in files.values())
+    job.report("differentiated the scan of", f"{', '.join(names)} and {last} to {click.format_filename(Path(output))}")
 
 
 @main.command()

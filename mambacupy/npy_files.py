@@ -124,10 +124,28 @@ class Outputs:
 
     def __init__(self, force=False):
         self.force = force
-        self._files = []  # (array, temporary path, target path)
+        self._files = []  # (array, temporary path, target path or None)
+        self._folders = []
 
     def __enter__(self):
         return self
+
+    def folder(self, path):
+        """Make a folder unless there is one. It is removed again where no outputs come to lie in it.
+
+        Raises
+        ------
+        FileError
+            It cannot be made, or something else has its name.
+        """
+        path = Path(path)
+        with _nothing_written(path):
+            if path.is_dir():
+                return
+            if os.path.lexists(path):
+                raise FileError(f"{path}: is a file, wanted the name of a folder")
+            self._folders.append(path)
+            path.mkdir()
 
     def create(self, path, shape, dtype):
         """A writable array of the given shape and dtype that becomes the `.npy` file `path`.
@@ -138,62 +156,94 @@ class Outputs:
             The target exists and `force` is not set, its folder does not, or the disk has no room for it.
         """
         path = Path(path)
-        stored = _HOW_NUMPY_STORES_BFLOAT16 if dtype == BFLOAT16 else np.dtype(dtype)
-        try:
-            if path.is_dir():
-                raise FileError(f"{path}: is a folder, wanted the name of a file to write")
+        with _nothing_written(path):
+            _refuse_folder(path)
             if path.exists() and not path.is_file():
                 raise FileError(f"{path}: is a device or pipe, wanted the name of a file to write")
             if os.path.lexists(path) and not self.force:
                 raise FileError(f"{path}: exists; --force replaces it")
-            temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-            with open(temporary, "wb+") as file:
-                self._files.append([None, temporary, path])
-                header = {
-                    "descr": np.lib.format.dtype_to_descr(stored),
-                    "fortran_order": False,
-                    "shape": tuple(shape),
-                }
-                np.lib.format.write_array_header_2_0(file, header)
-                offset, size = file.tell(), int(np.prod(shape, dtype=np.int64)) * stored.itemsize
-                file.flush()
-                if size == 0:
-                    return np.empty(shape, dtype)
-                _reserve(file.fileno(), offset + size)
-                array = np.memmap(file, stored, "r+", offset, tuple(shape))
-        except OSError as error:
-            self._discard()
-            raise FileError(f"{path}: {error.strerror or error}; nothing was written") from None
+            return self._allocate(path, path, shape, dtype)
+
+    def scratch(self, path, shape, dtype):
+        """A writable array in a file that is gone when the block ends, named after `path`.
+
+        Raises
+        ------
+        FileError
+            Its folder does not exist, or the disk has no room for it.
+        """
+        path = Path(path)
+        with _nothing_written(path):
+            return self._allocate(path, None, shape, dtype)
+
+    def _allocate(self, path, target, shape, dtype):
+        stored = _HOW_NUMPY_STORES_BFLOAT16 if dtype == BFLOAT16 else np.dtype(dtype)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+        self._files.append([None, temporary, target])
+        with open(temporary, "wb+") as file:
+            header = {
+                "descr": np.lib.format.dtype_to_descr(stored),
+                "fortran_order": False,
+                "shape": tuple(shape),
+            }
+            np.lib.format.write_array_header_2_0(file, header)
+            offset, size = file.tell(), math.prod(shape) * stored.itemsize
+            file.flush()
+            if size == 0:
+                return np.empty(shape, dtype)
+            _reserve(file.fileno(), offset + size)
+            array = np.memmap(file, stored, "r+", offset, tuple(shape))
         self._files[-1][0] = array
         return array.view(BFLOAT16) if dtype == BFLOAT16 else array
 
     def __exit__(self, kind, error, traceback):
-        if kind is not None:
-            self._discard()
-            return
-        renamed = []
         try:
-            for array, temporary, _ in self._files:
-                if array is not None:
-                    array.flush()
-                with open(temporary, "rb") as file:
-                    os.fsync(file.fileno())
-            for _, temporary, path in self._files:
-                _rename(temporary, path, self.force)
-                renamed.append(path)
-            renamed = []
+            if kind is None:
+                self._publish([entry for entry in self._files if entry[2] is not None])
         except OSError as failure:
             raise FileError(f"{failure.filename or self._files[0][2]}: {failure.strerror or failure}") from None
         finally:
-            for path in renamed if not self.force else ():  # another output could not follow
-                path.unlink()
             self._discard()
+
+    def _publish(self, files):
+        for array, temporary, _ in files:
+            if array is not None:
+                array.flush()
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+        begun = []
+        try:
+            for _, temporary, path in files:
+                begun.append((temporary, path))
+                _rename(temporary, path, self.force)
+        except BaseException:  # another output could not follow, or was not to
+            for temporary, path in reversed(begun):
+                _take_back(temporary, path)
+            raise
+        for temporary, _ in begun:
+            _remove(_replaced(temporary))
 
     def _discard(self):
         for _, temporary, _ in self._files:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-        self._files = []
+            _remove(temporary)
+        for folder in reversed(self._folders):
+            with contextlib.suppress(OSError):  # outputs lie in it
+                folder.rmdir()
+        self._files, self._folders = [], []
+
+
+@contextlib.contextmanager
+def _nothing_written(path):
+    """Give errors of the operating system as a FileError."""
+    try:
+        yield
+    except OSError as error:
+        raise FileError(f"{path}: {error.strerror or error}; nothing was written") from None
+
+
+def _refuse_folder(path):
+    if path.is_dir():
+        raise FileError(f"{path}: is a folder, wanted the name of a file to write")
 
 
 def _reserve(descriptor, size):
@@ -210,6 +260,12 @@ def _reserve(descriptor, size):
 def _rename(temporary, path, force):
     """Give a complete file its name; without `force` a file that has appeared there meanwhile is kept."""
     if force:
+        _refuse_folder(path)
+        if os.path.lexists(path):
+            try:
+                os.link(path, _replaced(temporary), follow_symlinks=False)
+            except (OSError, NotImplementedError):  # a file system without hard links
+                os.rename(path, _replaced(temporary))
         os.replace(temporary, path)
         return
     try:
@@ -218,3 +274,24 @@ def _rename(temporary, path, force):
         raise FileError(f"{path}: appeared while it was computed; --force replaces it") from None
     except OSError:  # a file system without hard links
         os.replace(temporary, path)
+
+
+def _take_back(temporary, path):
+    """Undo `_rename`, as far as it came."""
+    replaced = _replaced(temporary)
+    with contextlib.suppress(OSError):
+        if os.path.lexists(replaced):
+            os.replace(replaced, path)
+            _remove(replaced)  # where both are names of one file, replacing does nothing
+        elif not temporary.exists() or path.samefile(temporary):
+            path.unlink()
+
+
+def _replaced(temporary):
+    """Where the file that an output replaces is kept until all outputs have their names."""
+    return temporary.with_suffix(".old")
+
+
+def _remove(path):
+    with contextlib.suppress(OSError):
+        path.unlink()

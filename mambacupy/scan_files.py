@@ -6,6 +6,7 @@ two slots, so that reading block i + 1 and writing block i - 1 overlap the kerne
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,16 +14,31 @@ from mambacupy import checks, reference
 from mambacupy.npy_files import FileError, open_array, open_npz
 from mambacupy.ops.selective_scan import selective_scan
 
-REQUIRED = ("u", "delta", "A", "B", "C")
-OPTIONAL = ("D", "z", "delta_bias", "initial_state")
-NAMES = REQUIRED + OPTIONAL
+
+class Kind(NamedTuple):
+    """A kind of work on files: what messages call it, and the arguments it takes."""
+
+    what: str
+    required: tuple
+    optional: tuple
+
+    @property
+    def names(self):
+        return self.required + self.optional
+
+
+SCAN = Kind("scan", ("u", "delta", "A", "B", "C"), ("D", "z", "delta_bias", "initial_state"))
+
+VARYING = ("u", "delta", "B", "C", "z", "dy")
+"""Arguments with an axis of time, their last. B and C may also be constant."""
 
 BLOCK_BYTES = 64 * 2**20
 """Size of u's part in a block, where the caller does not choose the block's length."""
 
 
-def read_inputs(source, overrides):
-    """The scan's arguments from a folder or an `.npz` file, and single files that override them.
+# ---------------------------------------------------------------------------------------------------- inputs
+def read_inputs(source, overrides, kind=SCAN):
+    """Arguments from a folder or an `.npz` file, and single files that override them.
 
     Parameters
     ----------
@@ -30,6 +46,8 @@ def read_inputs(source, overrides):
         A folder of `u.npy`, `delta.npy`, …, or an `.npz` file with these names.
     overrides : dict
         Argument name to `.npy` file.
+    kind : Kind
+        Which arguments there are, and which must be given.
 
     Returns
     -------
@@ -45,35 +63,68 @@ def read_inputs(source, overrides):
         source = Path(source)
         if os.path.isdir(source):
             found = {path.stem: path for path in sorted(source.glob("*.npy"))}
-            for name in NAMES:
+            for name in kind.names:
                 if name in found and name not in overrides:
                     arrays[name], files[name] = open_array(found[name]), str(found[name])
         else:
-            found = open_npz(source, set(NAMES) - set(overrides))
-            for name in NAMES:
+            found = open_npz(source, set(kind.names) - set(overrides))
+            for name in kind.names:
                 if name in found and name not in overrides:
                     arrays[name], files[name] = found[name], f"{source}:{name}.npy"
-        ignored = [name for name in found if name not in NAMES]
+        ignored = [name for name in found if name not in kind.names]
     for name, path in overrides.items():
         arrays[name], files[name] = open_array(path), str(path)
-    missing = [name for name in REQUIRED if name not in arrays]
+    missing = [name for name in kind.required if name not in arrays]
     if missing:
         where = f"{source}: " if source is not None else ""
         raise FileError(
-            f"{where}no {', '.join(f'{name}.npy' for name in missing)}; a scan needs u, delta, A, B and C "
-            f"(name single files with --{missing[0]} FILE)"
+            f"{where}no {', '.join(f'{name}.npy' for name in missing)}; a {kind.what} needs "
+            f"{', '.join(kind.required[:-1])} and {kind.required[-1]} (name single files with --{missing[0]} FILE)"
         )
-    return {name: arrays.get(name) for name in NAMES}, files, ignored
+    return {name: arrays.get(name) for name in kind.names}, files, ignored
 
 
+def check(arguments, options):
+    """Pass the arguments through the gate without reading them.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Worded with the argument's name after `scan: `.
+    """
+    return checks.selective_scan("scan", **arguments, discretization=options["discretization"])
+
+
+# ---------------------------------------------------------------------------------------------------- blocks of time
 def default_block_length(u):
     """Steps whose part of u is BLOCK_BYTES large, in whole chunks."""
     step = max(1, u.shape[0] * u.shape[1] * u.itemsize)
     return max(1, BLOCK_BYTES // step // reference.CHUNK) * reference.CHUNK
 
 
-def scan_blocks(arguments, options, y, device=None, block_length=None):
-    """Scan into `y`, yielding the number of steps done after each block.
+def blocks_of_time(length, block_length, reverse):
+    """Slices of memory's time, in the order in which they are walked."""
+    blocks = [slice(t, min(t + block_length, length)) for t in range(0, length, block_length)]
+    return blocks[::-1] if reverse else blocks
+
+
+def varies(name, x):
+    """Whether argument x is cut into blocks."""
+    return name in VARYING and x.ndim > 2
+
+
+def take(name, x, block, arguments):
+    """The part of argument x, or of its gradient, that belongs to a block of time."""
+    if x is None or not varies(name, x):
+        return x
+    if name in "BC" and arguments["A"].dtype.kind == "c" and x.dtype.kind != "c":
+        return x[..., 2 * block.start : 2 * block.stop]
+    return x[..., block]
+
+
+# ---------------------------------------------------------------------------------------------------- the scan
+def scan_blocks(arguments, options, y, last_state=None, device=None, block_length=None):
+    """Scan into `y`, block by block.
 
     Parameters
     ----------
@@ -83,6 +134,8 @@ def scan_blocks(arguments, options, y, device=None, block_length=None):
         delta_softplus, reverse, discretization.
     y : array (batch, dim, length)
         Receives the output.
+    last_state : array (batch, dim, state), optional
+        Receives the state after the final step.
     device : int or None
         CUDA device; None for the CPU.
     block_length : int, optional
@@ -90,31 +143,21 @@ def scan_blocks(arguments, options, y, device=None, block_length=None):
 
     Yields
     ------
-    (int, array)
-        Steps done so far, and the state after them (batch, dim, state).
+    float
+        How much of the work is done, after each block; 1 when everything is written.
     """
     length = arguments["u"].shape[2]
-    block_length = block_length or default_block_length(arguments["u"])
-    blocks = [slice(t, min(t + block_length, length)) for t in range(0, length, block_length)]
-    if options["reverse"]:
-        blocks.reverse()
     run = _on_cpu(arguments, options, y) if device is None else _on_gpu(arguments, options, y, device)
     next(run)
     done = 0
-    for block in blocks:
-        state = run.send(block)
+    for block in blocks_of_time(length, block_length or default_block_length(arguments["u"]), options["reverse"]):
+        run.send(block)
         done += block.stop - block.start
-        yield done, state
-    yield done, run.send(None)
-
-
-def _take(name, x, block, arguments):
-    """The part of argument x that belongs to a block of time."""
-    if x is None or name not in ("u", "delta", "z", "B", "C") or x.ndim == 2:
-        return x
-    if name in "BC" and arguments["A"].dtype.kind == "c" and x.dtype.kind != "c":
-        return x[..., 2 * block.start : 2 * block.stop]
-    return x[..., block]
+        yield done / length
+    state = run.send(None)
+    if last_state is not None:
+        last_state[...] = state
+    yield 1.0
 
 
 def _on_cpu(arguments, options, y):
@@ -123,7 +166,7 @@ def _on_cpu(arguments, options, y):
     if state is None:
         state = np.zeros((*y.shape[:2], arguments["A"].shape[1]), arguments["A"].dtype)
     while (block := (yield state)) is not None:
-        part = {name: _take(name, x, block, arguments) for name, x in arguments.items()}
+        part = {name: take(name, x, block, arguments) for name, x in arguments.items()}
         part["initial_state"] = state
         y[..., block], state = selective_scan(**part, **options, return_last_state=True)
     yield state
@@ -140,7 +183,7 @@ def _on_gpu(arguments, options, y, device):
             constant = {
                 name: cupy.asarray(np.ascontiguousarray(x))
                 for name, x in arguments.items()
-                if x is not None and _take(name, x, slice(0, 0), arguments) is x
+                if x is not None and not varies(name, x)
             }
         upload.synchronize()
         state = constant.pop("initial_state", None)
@@ -158,7 +201,7 @@ def _on_gpu(arguments, options, y, device):
                 for name, x in arguments.items():
                     if name in constant or x is None or name == "initial_state":
                         continue
-                    host = slot.pinned(cupyx, name, _take(name, x, block, arguments))
+                    host = slot.pinned(cupyx, name, take(name, x, block, arguments))
                     part[name] = slot.keep(name, cupy.empty(host.shape, host.dtype))
                     part[name].set(host, stream=upload)
                 uploaded = upload.record()
@@ -210,14 +253,3 @@ class _Slot:
         arrived.synchronize()
         y[..., block] = host
         self._pending, self._kept = None, {}
-
-
-def check(arguments, options):
-    """Pass the arguments through the gate without reading them.
-
-    Raises
-    ------
-    TypeError, ValueError
-        Worded with the argument's name after `scan: `.
-    """
-    return checks.selective_scan("scan", **arguments, discretization=options["discretization"])

@@ -1,12 +1,15 @@
 """The command line: any block length gives the one-shot result; bad input is one line; outputs are complete or absent."""
 
 import errno
+import fcntl
 import json
 import os
 import pty
+import shlex
 import signal
 import subprocess
 import sys
+import termios
 import time
 import types
 from pathlib import Path
@@ -24,10 +27,11 @@ OPTIONS = ("--softplus",)
 
 
 @pytest.fixture(autouse=True)
-def handler_of_sigterm():
-    before = signal.getsignal(signal.SIGTERM)
+def handlers_of_signals():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -278,6 +282,10 @@ USES = {  # command line, where {} is the folder of the test; words of the one l
     "device": ("{}/in -o {}/y.npy --device gpu", ["--device gpu: wanted auto, cpu, cuda or cuda:N"]),
     "device-number": ("{}/in -o {}/y.npy --device cuda:-1", ["--device cuda:-1: wanted"]),
     "device-text": ("{}/in -o {}/y.npy --device cuda:0x", ["--device cuda:0x: wanted"]),
+    "empty-inputs": ("'' -o {}/y.npy", ["INPUTS", "is empty (a shell variable that is not set?), wanted the name"]),
+    "empty-single-file": ("{}/in -o {}/y.npy --u ''", ["'--u'", "is empty"]),
+    "empty-output": ("{}/in -o ''", ["'--output'", "is empty"]),
+    "empty-last-state": ("{}/in -o {}/y.npy --last-state ''", ["'--last-state'", "is empty"]),
 }
 
 
@@ -289,7 +297,7 @@ def test_bad_use_is_told_in_one_line(base, tmp_path, run, case):
     (tmp_path / "link.npy").symlink_to(tmp_path / "in" / "u.npy")
     (tmp_path / "sub").mkdir()
     before = files_in(tmp_path)
-    assert refused(run("scan", *line.replace("{}", str(tmp_path)).split()), words)
+    assert refused(run("scan", *shlex.split(line.replace("{}", shlex.quote(str(tmp_path))))), words)
     assert files_in(tmp_path) == before
 
 
@@ -375,11 +383,16 @@ def test_failure_midway_leaves_everything_as_it_was(base, tmp_path, run, monkeyp
     assert files_in(tmp_path) == before
 
 
-def start(*arguments, **options):
-    """`mambacupy scan` on a process of its own, whose signals are not those that a shell may have turned off."""
-    command = [sys.executable, "-m", "mambacupy.cli", "scan", *map(str, arguments)]
-    turned_on = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, **turned_on, **{"stderr": subprocess.PIPE} | options)
+def start(*arguments, command="scan", hangup=signal.SIG_DFL, **options):
+    """`mambacupy scan` in a process of its own, whose signals are not those that a shell may have turned off."""
+    line = [sys.executable, "-m", "mambacupy.cli", command, *map(str, arguments)]
+
+    def turn_on():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, hangup)
+
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "preexec_fn": turn_on} | options
+    return subprocess.Popen(line, cwd=ROOT, **options)
 
 
 @pytest.fixture
@@ -396,19 +409,55 @@ def wait_for(condition, seconds=30):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+SIGNALS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
+
+
+@pytest.mark.parametrize("name", SIGNALS)
 @pytest.mark.parametrize("force", [False, True], ids=["new", "force"])
-def test_interruption_leaves_everything_as_it_was(slow, tmp_path, number, code, force):
+def test_interruption_leaves_everything_as_it_was(slow, tmp_path, name, force):
     if force:
         (tmp_path / "y.npy").write_bytes(b"mine")
     before = files_in(tmp_path)
     process = start(*slow, "-o", tmp_path / "y.npy", *["--force"] * force)
     wait_for(lambda: list(tmp_path.glob(".*.part")) or process.poll() is not None)
     time.sleep(0.1)
-    process.send_signal(number)
+    process.send_signal(getattr(signal, name))
     out, err = process.communicate(timeout=30)
-    assert (process.returncode, out) == (code, b"")
+    assert (process.returncode, out) == (SIGNALS[name], b"")
     assert b"Traceback" not in err and len(err.splitlines()) <= 1
+    assert files_in(tmp_path) == before
+
+
+def test_nohup_is_respected(tmp_path):
+    arguments, _ = cases.make(batch=1, dim=2, state=1, length=10_000)
+    folder = save(tmp_path / "in", arguments)
+    process = start(folder, "-o", tmp_path / "y.npy", "--block-length", 1, "--device", "cpu", hangup=signal.SIG_IGN)
+    wait_for(lambda: list(tmp_path.glob(".*.part")) or process.poll() is not None)
+    assert process.poll() is None
+    process.send_signal(signal.SIGHUP)
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert same(open_array(tmp_path / "y.npy"), selective_scan(**arguments))
+
+
+def test_a_terminal_that_is_closed_leaves_everything_as_it_was(slow, tmp_path):
+    """While the progress bar is on it: what is written to it then fails."""
+    before = files_in(tmp_path)
+    ours, theirs = pty.openpty()
+
+    def take_terminal():
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+
+    session = {"start_new_session": True, "preexec_fn": take_terminal}
+    process = start(*slow, "-o", tmp_path / "y.npy", stdout=theirs, stderr=theirs, **session)
+    os.close(theirs)
+    try:
+        wait_for(lambda: list(tmp_path.glob(".*.part")) or process.poll() is not None)
+        assert process.poll() is None
+    finally:
+        os.close(ours)
+    process.wait(timeout=30)
     assert files_in(tmp_path) == before
 
 

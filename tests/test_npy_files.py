@@ -1,9 +1,11 @@
 """Files are read without loading them, and whatever they hold is an array or a FileError of one line; outputs are whole."""
 
+import contextlib
 import errno
 import io
 import os
 import random
+import re
 import warnings
 import zipfile
 
@@ -267,3 +269,109 @@ def test_only_regular_files_are_replaced(tmp_path, special):
         pytest.fail("known only when the work is done")
     assert os.listdir(tmp_path) == ["y.npy"]
     assert not target.is_file()
+
+
+def test_a_folder_is_made_and_outputs_lie_in_it(tmp_path):
+    with Outputs() as outputs:
+        outputs.folder(tmp_path / "out")
+        outputs.folder(tmp_path / "out")
+        outputs.create(tmp_path / "out" / "y.npy", (3,), np.float32)[...] = 1
+    assert os.listdir(tmp_path / "out") == ["y.npy"]
+
+
+@pytest.mark.parametrize("exists", [False, True])
+@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt])
+def test_only_a_folder_that_was_made_is_removed(tmp_path, exists, failure):
+    if exists:
+        (tmp_path / "out").mkdir()
+    with pytest.raises(failure), Outputs() as outputs:
+        outputs.folder(tmp_path / "out")
+        outputs.create(tmp_path / "out" / "y.npy", (3,), np.float32)
+        outputs.scratch(tmp_path / "out" / "states", (3,), np.float32)
+        assert len(os.listdir(tmp_path / "out")) == 2
+        raise failure
+    assert (tmp_path / "out").exists() == exists
+    assert files_below(tmp_path) == {}
+
+
+def test_what_others_put_into_the_folder_is_kept(tmp_path):
+    with pytest.raises(ValueError), Outputs() as outputs:
+        outputs.folder(tmp_path / "out")
+        outputs.create(tmp_path / "out" / "y.npy", (3,), np.float32)
+        (tmp_path / "out" / "theirs").write_bytes(b"theirs")
+        raise ValueError
+    assert files_below(tmp_path) == {"out/theirs": b"theirs"}
+
+
+@pytest.mark.parametrize("there", ["file", "dangling", "no-parent"])
+def test_what_is_no_folder_is_told(tmp_path, there):
+    path = tmp_path / "out"
+    if there == "file":
+        path.write_bytes(b"mine")
+    elif there == "dangling":
+        path.symlink_to(tmp_path / "nowhere")
+    else:
+        path = path / "deep"
+    words = (
+        "No such file or directory; nothing was written" if there == "no-parent" else "is a file, wanted the name of a folder"
+    )
+    before = os.listdir(tmp_path)
+    with pytest.raises(FileError, match=re.escape(f"{path}: {words}")), Outputs() as outputs:
+        outputs.folder(path)
+    assert os.listdir(tmp_path) == before
+
+
+def test_scratch_is_writable_and_gone_when_outputs_appear(tmp_path):
+    with Outputs() as outputs:
+        scratch = outputs.scratch(tmp_path / "states", (3, 2), np.complex64)
+        scratch[...] = 1j
+        outputs.create(tmp_path / "y.npy", (3, 2), np.complex64)[...] = scratch
+    assert os.listdir(tmp_path) == ["y.npy"]
+    assert np.all(np.load(tmp_path / "y.npy") == 1j)
+
+
+@pytest.mark.parametrize("hard_links", [True, False])
+@pytest.mark.parametrize("failure", ["no-room", "folder", "interrupt", None])
+def test_outputs_that_are_replaced_are_replaced_together(tmp_path, monkeypatch, failure, hard_links):
+    """Where the third of four cannot follow, those before it are what they were, and the new one is not there."""
+
+    def no_links(*arguments, **options):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    def replace(source, target, real=os.replace):
+        if failure and str(target).endswith("3.npy") and str(source).endswith(".part"):
+            raise {"no-room": OSError(errno.ENOSPC, "No room", str(target)), "interrupt": KeyboardInterrupt()}[failure]
+        return real(source, target)
+
+    if not hard_links:
+        monkeypatch.setattr(os, "link", no_links)
+    (tmp_path / "theirs").write_bytes(b"theirs")
+    (tmp_path / "1.npy").symlink_to("theirs")
+    for name in ("3.npy", "4.npy"):
+        (tmp_path / name).write_bytes(name.encode())
+    before = files_below(tmp_path)
+    caught = contextlib.nullcontext()
+    if failure == "interrupt":
+        caught = pytest.raises(KeyboardInterrupt)
+    elif failure:
+        caught = pytest.raises(FileError, match=r"3\.npy: ")
+    with caught, Outputs(force=True) as outputs:
+        for i in range(1, 5):
+            outputs.create(tmp_path / f"{i}.npy", (i,), np.float32)
+        if failure == "folder":
+            (tmp_path / "3.npy").unlink()
+            (tmp_path / "3.npy").mkdir()
+            del before["3.npy"]
+        else:
+            monkeypatch.setattr(os, "replace", replace)
+    if failure:
+        assert files_below(tmp_path) == before
+        assert (tmp_path / "1.npy").is_symlink()
+    else:
+        assert sorted(files_below(tmp_path)) == ["1.npy", "2.npy", "3.npy", "4.npy", "theirs"]
+        assert [len(np.load(tmp_path / f"{i}.npy")) for i in range(1, 5)] == [1, 2, 3, 4]
+    assert (tmp_path / "theirs").read_bytes() == b"theirs"
+
+
+def files_below(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

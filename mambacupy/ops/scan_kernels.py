@@ -49,15 +49,33 @@ def _strides(x, **axes):
 
 
 # ---------------------------------------------------------------------------------------------------- B and C
-def _coefficient(name, x, groups, complex_states):
+def _coefficient(name, x, groups, complex_states, layout):
     """Constants and numbers by which a kernel finds B or C."""
     strides = _coefficient_strides(x, groups, complex_states)
     constants = {
         f"{name}_T": kernels.C_TYPES[arrays.real_of(x.dtype).name],
         f"{name}_VARIES": int(groups > 0),
         f"{name}_TIME_FAST": int(abs(strides["time"]) <= abs(strides["state"])),
+        f"{name}_VECTOR": _widest_coefficient_access(x, groups, strides, complex_states, layout),
     }
     return constants, {f"{name}_{key}": value for key, value in strides.items()} | {f"groups_of_{name}": groups or 1}
+
+
+def _widest_coefficient_access(x, groups, strides, complex_states, layout):
+    """Entries of B or C moved by one instruction: 16 bytes where neighbours lie side by side and aligned."""
+    if groups == 0:
+        return 1
+    time_fast = abs(strides["time"]) <= abs(strides["state"])
+    fast, slow = ("time", "state") if time_fast else ("state", "time")
+    reals = 2 if complex_states else 1
+    if strides[fast] != reals or (complex_states and strides["imag"] != 1):
+        return 1
+    real_bytes = arrays.real_of(x.dtype).itemsize
+    vector = min(16 // (reals * real_bytes), layout.tile if time_fast else layout.lanes * layout.slots)
+    outer = (strides["batch"] | strides["group"] | strides[slow]) * real_bytes | kernels.address(x)
+    while vector > 1 and outer % (vector * reals * real_bytes):
+        vector //= 2
+    return vector
 
 
 def _coefficient_strides(x, groups, complex_states):
@@ -120,8 +138,8 @@ def _common(args, layout, tensors, delta_softplus, reverse):
     # A block's channels share one group of B and one of C: spans are the channels between two group borders of either.
     span = math.gcd(args.dim // (args.groups_B or 1), args.dim // (args.groups_C or 1))
     blocks_per_span = -(-span // layout.block_channels)
-    B_constants, B_numbers = _coefficient("B", args.B, args.groups_B, args.complex)
-    C_constants, C_numbers = _coefficient("C", args.C, args.groups_C, args.complex)
+    B_constants, B_numbers = _coefficient("B", args.B, args.groups_B, args.complex, layout)
+    C_constants, C_numbers = _coefficient("C", args.C, args.groups_C, args.complex, layout)
     fresh_row = args.length if axis == 2 else args.dim
     constants = {
         "U_T": kernels.C_TYPES[args.u.dtype.name],
@@ -305,16 +323,17 @@ def _plan_sums(args, layout, common):
     return sums
 
 
-def _sum_constants(args, out_dtype):
+def _sum_constants(args, out_dtype, shares):
     real = kernels.C_TYPES[arrays.compute_dtype(args.u.dtype).name]
-    return {"REAL": real, "OUT_T": kernels.C_TYPES[arrays.real_of(out_dtype).name], "REALS": 1 + args.complex}
+    return {"REAL": real, "OUT_T": kernels.C_TYPES[arrays.real_of(out_dtype).name], "REALS": 1 + args.complex, "SHARES": shares}
 
 
 def _sum_of_constant(args, x, count):
     size = x.size * (2 if x.dtype.kind == "c" else 1)
     unused = dict.fromkeys(("rows", "columns", "out_outer", "out_column", "out_row", "out_real", "out_groups", "out_group"), 0)
-    kernel = kernels.get("sum_parts.cu", "sum_parts", _sum_constants(args, x.dtype))
-    return kernel.prepare(-(-size // 256), 256, unused | {"count": count, "size": size})
+    shares = 1 if count <= 16 else 32
+    kernel = kernels.get("sum_parts.cu", "sum_parts", _sum_constants(args, x.dtype, shares))
+    return kernel.prepare(-(-size * shares // 256), 256, unused | {"count": count, "size": size})
 
 
 def _sum_of_varying(args, x, groups, count):
@@ -327,7 +346,7 @@ def _sum_of_varying(args, x, groups, count):
         "out_outer": groups * args.state * row, "out_group": args.state * row, "out_column": row,
         "out_row": 1 + args.complex, "out_real": 1,
     }  # fmt: skip
-    return kernels.get("sum_parts.cu", "sum_turned", _sum_constants(args, x.dtype)).prepare(blocks, 256, numbers)
+    return kernels.get("sum_parts.cu", "sum_turned", _sum_constants(args, x.dtype, 1)).prepare(blocks, 256, numbers)
 
 
 def backward(args, delta_softplus, reverse, states, dy, dlast_state, B, C):
