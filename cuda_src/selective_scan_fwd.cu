@@ -7,16 +7,16 @@
 // states each, so a state costs one exponential and four multiply-adds a step and no scan across threads. The channels of a
 // block share every B and C they read.
 //
-// A block walks all of time in tiles of TILE steps (layout: tile.cuh). Per tile:
-//   1. element by element   (Δ, Δ·u) and B, C go to shared memory; the next tile's loads start and fly during 2.
-//   2. step by step         every lane advances its states and leaves its part of Σ_n C·h in shared memory.
-//   3. element by element   the parts are summed in fixed order, D·u added, gated, and stored.
+// A block walks all of time in tiles of TILE steps (layout: tile.cuh). One half of its warps does what is done element by
+// element, the other half the recurrence, a tile apart, so that each hides the latencies of the other:
+//   elements      finish tile i-1 (sum the parts of Σ_n C·h in fixed order, add D·u, gate, store); make (Δ, Δ·u), B and C of
+//                 tile i+1 in shared memory; start the loads of tile i+2.
+//   recurrence    advance the states through tile i, and leave parts of Σ_n C·h in shared memory.
 //
 // Few channels and long sequences: time is cut into parts, and a first launch with CARRIES_ONLY runs the recurrence alone
 // (tile.cuh).
 //
-// Compile-time, besides tile.cuh's: CARRIES_ONLY ZOH BLOCKS_PER_SM. All are set by
-// mambacupy/ops/scan_kernels.py, with the reasons.
+// Compile-time, besides tile.cuh's: CARRIES_ONLY ZOH SHARED_BYTES BLOCKS_PER_SM. All are set by mambacupy/ops/, with the reasons.
 #include "tile.cuh"
 
 struct alignas(2 * sizeof(real)) Step { real dt, dtu; };               // Δ and Δ·u of one element
@@ -47,12 +47,18 @@ struct Params {
     long long delta_softplus, first_block;
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_scan_fwd(const Params p) {
-    __shared__ Step steps[TILE][BLOCK_CHANNELS];
-    __shared__ Parts parts[TILE][BLOCK_CHANNELS];
-    __shared__ real skip[BLOCK_CHANNELS], bias[BLOCK_CHANNELS];        // D and delta_bias
-    __shared__ alignas(16) state_t B_tile[B_VARIES ? TILE * COEFFICIENT_PITCH : 1];
-    __shared__ alignas(16) state_t C_tile[C_STAGED ? TILE * COEFFICIENT_PITCH : 1];
+struct Shared {                                                        // double-buffered but for the last
+    Step steps[2][TILE][BLOCK_CHANNELS];
+    Parts parts[CARRIES_ONLY ? 1 : 2][CARRIES_ONLY ? 1 : TILE][BLOCK_CHANNELS];
+    alignas(16) state_t B[2][B_VARIES ? TILE * COEFFICIENT_PITCH : 1];
+    alignas(16) state_t C[2][C_STAGED ? TILE * COEFFICIENT_PITCH : 1];
+    real skip[BLOCK_CHANNELS], bias[BLOCK_CHANNELS];                   // D and delta_bias
+};
+static_assert(sizeof(Shared) <= SHARED_BYTES, "SHARED_BYTES is computed in ops/mapping.py");
+
+extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selective_scan_fwd(const Params p) {
+    extern __shared__ __align__(16) char shared_bytes[];
+    Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
 
     const Block block(p.first_block + blockIdx.x, p.splits, p.span, p.blocks_per_span, p.blocks_per_batch);
     const Split time(block.split, p.splits, p.length);
@@ -63,8 +69,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
     if (B_VARIES) B.base += b * p.B_batch + c0 / (p.dim / p.groups_of_B) * p.B_group;
     if (C_VARIES) C.base += b * p.C_batch + c0 / (p.dim / p.groups_of_C) * p.C_group;
 
+    const bool does_elements = threadIdx.x >= THREADS;                 // the other half does the recurrence
+
     // ------------------------------------------------------------------------------------------ what a lane keeps
-    const int lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
+    const int lane = worker() % LANES, group = worker() / LANES;
     state_t h[CHANNELS][SLOTS], rate[CHANNELS][SLOTS], B_kept[CHANNELS][SLOTS], C_kept[CHANNELS][SLOTS];
 #if ZOH
     state_t A_kept[CHANNELS][SLOTS];
@@ -76,7 +84,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
             int n = lane * SLOTS + i;
             long long c = c0 + k * GROUPS + group;
             state_t a = {}, start = {}, b_const = {}, c_const = {};
-            if (k * GROUPS + group < channels && n < p.state) {
+            if (!does_elements && k * GROUPS + group < channels && n < p.state) {
                 a = p.A[c * p.A_dim + n * p.A_state];
                 if (CARRIES_ONLY) start = {};
                 else if (p.splits > 1) start = p.carries[((b * p.splits + block.split) * p.dim + c) * p.state_total + n];
@@ -105,8 +113,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
         }
     };
 
-    // ------------------------------------------------------------------------------------------ loads of a tile
-    Pack<element, VECTOR> u_now[ITEMS], z_now[ITEMS], u_next[ITEMS], z_next[ITEMS], delta_next[ITEMS];
+    // ------------------------------------------------------------------------------------------ elements
+    // Items that are on their way: of the tile to be prepared next, and of the one to be finished next. u is read for both,
+    // because two tiles of it would fill too many registers meanwhile.
+    Pack<element, VECTOR> u_next[ITEMS], delta_next[ITEMS], u_done[ITEMS], z_done[ITEMS];
     Pack<B_T, B_VECTOR * REALS> B_next[COEFFICIENTS_AHEAD ? B_LOADS : 1];
     Pack<C_T, C_VECTOR * REALS> C_next[COEFFICIENTS_AHEAD ? C_LOADS : 1];
     auto load_B = [&](int k, long long t0, int tile_steps) {
@@ -116,17 +126,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
         return load_coefficient<C_TIME_FAST, C_VECTOR>(k, C_TURN, C, t0, tile_steps, (int)p.state);
     };
     auto steps_in = [&](long long t0) { return p.length - t0 < TILE ? (int)(p.length - t0) : TILE; };
+
     auto load = [&](long long t0) {
         const element* u = p.u + b * p.u_batch + tile_offset(t0, c0, p.u_row);
         const element* delta = p.delta + b * p.delta_batch + tile_offset(t0, c0, p.delta_row);
-        const element* z = p.z + b * p.z_batch + tile_offset(t0, c0, p.z_row);
         const int tile_steps = steps_in(t0);
 #pragma unroll
         for (int k = 0; k < ITEMS; ++k) {
             Item item(k, channels, tile_steps);
             u_next[k] = load_pack<element, VECTOR>(u + item.offset(p.u_row), item.valid);
             delta_next[k] = load_pack<element, VECTOR>(delta + item.offset(p.delta_row), item.valid);
-            if (!CARRIES_ONLY && p.z) z_next[k] = load_pack<element, VECTOR>(z + item.offset(p.z_row), item.valid);
         }
 #pragma unroll
         for (int k = 0; k < (COEFFICIENTS_AHEAD && B_VARIES ? B_LOADS : 0); ++k) B_next[k] = load_B(k, t0, tile_steps);
@@ -134,37 +143,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
         for (int k = 0; k < (COEFFICIENTS_AHEAD && C_STAGED ? C_LOADS : 0); ++k) C_next[k] = load_C(k, t0, tile_steps);
     };
 
-    for (int c = threadIdx.x; c < BLOCK_CHANNELS; c += THREADS) {
-        skip[c] = p.D && c < channels ? p.D[(c0 + c) * p.D_dim] : real(0);
-        bias[c] = p.delta_bias && c < channels ? p.delta_bias[(c0 + c) * p.bias_dim] : real(0);
-    }
-    __syncthreads();
+    auto load_to_finish = [&](long long t0) {
+        const element* u = p.u + b * p.u_batch + tile_offset(t0, c0, p.u_row);
+        const element* z = p.z + b * p.z_batch + tile_offset(t0, c0, p.z_row);
+#pragma unroll
+        for (int k = 0; k < (CARRIES_ONLY ? 0 : ITEMS); ++k) {
+            Item item(k, channels, steps_in(t0));
+            if (p.D) u_done[k] = load_pack<element, VECTOR>(u + item.offset(p.u_row), item.valid);
+            if (p.z) z_done[k] = load_pack<element, VECTOR>(z + item.offset(p.z_row), item.valid);
+        }
+    };
 
-    const long long chunks = (p.length + CHUNK - 1) / CHUNK;
-    constexpr int AHEAD = REVERSE ? -TILE : TILE;
-    long long t0 = REVERSE ? (time.end - 1) / TILE * TILE : time.begin;
-    real total[CHANNELS] = {};                                         // Σ Δ, for CARRIES_ONLY
-    if (time.begin < time.end) load(t0);
-    for (long long tiles = (time.end - time.begin + TILE - 1) / TILE; tiles > 0; --tiles, t0 += AHEAD) {
+    auto prepare = [&](long long t0, int buffer) {
         const int tile_steps = steps_in(t0);
-
-        // -------------------------------------------------------------------------------------- 1. before the recurrence
 #pragma unroll(COEFFICIENTS_AHEAD ? B_LOADS : 2)
         for (int k = 0; k < (B_VARIES ? B_LOADS : 0); ++k) {
             if (!COEFFICIENTS_AHEAD) B_next[0] = load_B(k, t0, tile_steps);
-            stage_coefficient<B_TIME_FAST, B_VECTOR, B_T>(k, 0, B_tile, B_next[COEFFICIENTS_AHEAD ? k : 0]);
+            stage_coefficient<B_TIME_FAST, B_VECTOR, B_T>(k, 0, shared.B[buffer], B_next[COEFFICIENTS_AHEAD ? k : 0]);
         }
 #pragma unroll(COEFFICIENTS_AHEAD ? C_LOADS : 2)
         for (int k = 0; k < (C_STAGED ? C_LOADS : 0); ++k) {
             if (!COEFFICIENTS_AHEAD) C_next[0] = load_C(k, t0, tile_steps);
-            stage_coefficient<C_TIME_FAST, C_VECTOR, C_T>(k, C_TURN, C_tile, C_next[COEFFICIENTS_AHEAD ? k : 0]);
+            stage_coefficient<C_TIME_FAST, C_VECTOR, C_T>(k, C_TURN, shared.C[buffer], C_next[COEFFICIENTS_AHEAD ? k : 0]);
         }
 #pragma unroll
         for (int k = 0; k < ITEMS; ++k) {
             Item item(k, channels, tile_steps);
             real dt[VECTOR];
 #pragma unroll
-            for (int j = 0; j < VECTOR; ++j) dt[j] = to_real(delta_next[k].get(j)) + bias[item.channel(j) % BLOCK_CHANNELS];
+            for (int j = 0; j < VECTOR; ++j) dt[j] = to_real(delta_next[k].get(j)) + shared.bias[item.channel(j) % BLOCK_CHANNELS];
             if (p.delta_softplus) {
 #pragma unroll
                 for (int j = 0; j < VECTOR; ++j) dt[j] = softplus(dt[j]);
@@ -173,15 +180,63 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
             for (int j = 0; j < VECTOR; ++j) {
                 if (j >= item.valid) dt[j] = 0;                        // after softplus: a step of 0 leaves h as it is
                 Step step = {dt[j], dt[j] * to_real(u_next[k].get(j))};
-                if (item.in_tile(k)) steps[item.row(j)][column<sizeof(Step)>(item.channel(j), item.first_row())] = step;
+                const int at = column<sizeof(Step)>(item.channel(j), item.first_row());
+                if (item.in_tile(k)) shared.steps[buffer][item.row(j)][at] = step;
             }
-            u_now[k] = u_next[k];
-            z_now[k] = z_next[k];
         }
-        __syncthreads();
-        if (tiles > 1) load(t0 + AHEAD);
+    };
 
-        // -------------------------------------------------------------------------------------- 2. the recurrence
+    auto finish = [&](long long t0, int buffer) {
+#pragma unroll
+        for (int k = 0; k < (CARRIES_ONLY ? 0 : ITEMS); ++k) {
+            Item item(k, channels, steps_in(t0));
+            if (!item.in_tile(k)) continue;
+            long long at = b * p.y_batch + tile_offset(t0, c0, p.y_row) + item.offset(p.y_row);
+            real sum[VECTOR];
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) {
+                Parts part = shared.parts[buffer][item.row(j)][column<sizeof(Parts)>(item.channel(j), item.first_row())];
+                sum[j] = part.at[0];
+#pragma unroll
+                for (int i = 1; i < PARTS; ++i) sum[j] += part.at[i];
+                if (COMPLEX) sum[j] *= real(2);
+            }
+            if (p.parts_in) {
+#pragma unroll
+                for (int j = 0; j < VECTOR; ++j) if (j < item.valid) sum[j] += p.parts_in[at + j];
+            }
+            if (p.parts_out) {
+#pragma unroll
+                for (int j = 0; j < VECTOR; ++j) if (j < item.valid) p.parts_out[at + j] = sum[j];
+                continue;
+            }
+            if (p.D) {
+#pragma unroll
+                for (int j = 0; j < VECTOR; ++j) sum[j] += shared.skip[item.channel(j)] * to_real(u_done[k].get(j));
+            }
+            if (p.z) {
+#pragma unroll
+                for (int j = 0; j < VECTOR; ++j) {
+                    real gate = to_real(z_done[k].get(j));
+                    sum[j] *= gate * sigmoid(gate);
+                }
+            }
+            Pack<element, VECTOR> out;
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) {
+                element rounded;
+                from_real(sum[j], rounded);
+                out.set(j, rounded);
+            }
+            store_pack<element, VECTOR>(p.y + at, out, item.valid);
+        }
+    };
+
+    // ------------------------------------------------------------------------------------------ recurrence
+    const long long chunks = (p.length + CHUNK - 1) / CHUNK;
+    real total[CHANNELS] = {};                                         // Σ Δ, for CARRIES_ONLY
+    auto advance = [&](long long t0, int buffer) {
+        const int tile_steps = steps_in(t0);
         bool chunk_begins = REVERSE ? (t0 + TILE) % CHUNK == 0 || t0 + TILE >= p.length : t0 % CHUNK == 0;
         if (!CARRIES_ONLY && p.states && chunk_begins) write_states(p.states + (b * chunks + t0 / CHUNK) * p.dim * p.state_total);
         // Rows past the end have dt = 0: whole rounds of them are left out, a rest of a round does no harm.
@@ -196,12 +251,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
                 state_t Bt[SLOTS], Ct[SLOTS];
 #pragma unroll
                 for (int i = 0; i < SLOTS; ++i) {
-                    if (B_VARIES) Bt[i] = B_tile[t * COEFFICIENT_PITCH + lane * SLOTS + i];
-                    if (C_STAGED) Ct[i] = C_tile[t * COEFFICIENT_PITCH + lane * SLOTS + i];
+                    if (B_VARIES) Bt[i] = shared.B[buffer][t * COEFFICIENT_PITCH + lane * SLOTS + i];
+                    if (C_STAGED) Ct[i] = shared.C[buffer][t * COEFFICIENT_PITCH + lane * SLOTS + i];
                 }
 #pragma unroll
                 for (int k = 0; k < CHANNELS; ++k) {
-                    Step s = steps[t][column<sizeof(Step)>(k * GROUPS + group, t_column)];
+                    Step s = shared.steps[buffer][t][column<sizeof(Step)>(k * GROUPS + group, t_column)];
                     real part = 0;
                     if (CARRIES_ONLY) total[k] += s.dt;
 #pragma unroll
@@ -218,54 +273,43 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
 #pragma unroll
                     for (int step = LANES / 2; step >= 4; step /= 2) part += __shfl_xor_sync(~0u, part, step);
                     if (LANES <= 4 || lane < PARTS)
-                        parts[t][column<sizeof(Parts)>(k * GROUPS + group, t_column)].at[lane % PARTS] = part;
+                        shared.parts[buffer][t][column<sizeof(Parts)>(k * GROUPS + group, t_column)].at[lane % PARTS] = part;
                 }
             }
         }
-        __syncthreads();
+    };
 
-        // -------------------------------------------------------------------------------------- 3. after the recurrence
-#pragma unroll
-        for (int k = 0; k < (CARRIES_ONLY ? 0 : ITEMS); ++k) {
-            Item item(k, channels, tile_steps);
-            if (!item.in_tile(k)) continue;
-            long long at = b * p.y_batch + tile_offset(t0, c0, p.y_row) + item.offset(p.y_row);
-            real sum[VECTOR];
-#pragma unroll
-            for (int j = 0; j < VECTOR; ++j) {
-                Parts part = parts[item.row(j)][column<sizeof(Parts)>(item.channel(j), item.first_row())];
-                sum[j] = part.at[0];
-#pragma unroll
-                for (int i = 1; i < PARTS; ++i) sum[j] += part.at[i];
-                if (COMPLEX) sum[j] *= real(2);
-            }
-            if (p.parts_in) {
-#pragma unroll
-                for (int j = 0; j < VECTOR; ++j) if (j < item.valid) sum[j] += p.parts_in[at + j];
-            }
-            if (p.parts_out) {
-#pragma unroll
-                for (int j = 0; j < VECTOR; ++j) if (j < item.valid) p.parts_out[at + j] = sum[j];
-                continue;
-            }
-#pragma unroll
-            for (int j = 0; j < VECTOR; ++j) sum[j] += skip[item.channel(j)] * to_real(u_now[k].get(j));
-            if (p.z) {
-#pragma unroll
-                for (int j = 0; j < VECTOR; ++j) {
-                    real gate = to_real(z_now[k].get(j));
-                    sum[j] *= gate * sigmoid(gate);
-                }
-            }
-            Pack<element, VECTOR> out;
-#pragma unroll
-            for (int j = 0; j < VECTOR; ++j) {
-                element rounded;
-                from_real(sum[j], rounded);
-                out.set(j, rounded);
-            }
-            store_pack<element, VECTOR>(p.y + at, out, item.valid);
+    // ------------------------------------------------------------------------------------------ the walk
+    for (int c = threadIdx.x; c < BLOCK_CHANNELS; c += 2 * THREADS) {
+        shared.skip[c] = p.D && c < channels ? p.D[(c0 + c) * p.D_dim] : real(0);
+        shared.bias[c] = p.delta_bias && c < channels ? p.delta_bias[(c0 + c) * p.bias_dim] : real(0);
+    }
+    __syncthreads();
+
+    constexpr int AHEAD = REVERSE ? -TILE : TILE;
+    const long long tiles = (time.end - time.begin + TILE - 1) / TILE;
+    long long t0 = REVERSE ? (time.end - 1) / TILE * TILE : time.begin;
+    if (does_elements && tiles > 0) {
+        load(t0);
+        prepare(t0, 0);
+        if (tiles > 1) load(t0 + AHEAD);
+    }
+    for (long long tile = 0; tile < tiles; ++tile, t0 += AHEAD) {
+        const int buffer = tile & 1;
+        __syncthreads();
+        if (does_elements) {
+            if (tile > 0) finish(t0 - AHEAD, buffer ^ 1);
+            if (tile + 1 < tiles) prepare(t0 + AHEAD, buffer ^ 1);
+            if (tile + 2 < tiles) load(t0 + 2 * AHEAD);
+            load_to_finish(t0);
+        } else {
+            advance(t0, buffer);
         }
+    }
+    __syncthreads();
+    if (does_elements) {
+        if (tiles > 0) finish(t0 - AHEAD, (tiles - 1) & 1);
+        return;
     }
     if (CARRIES_ONLY) {
         const long long batch_split = b * p.splits + block.split;

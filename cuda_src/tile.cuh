@@ -26,6 +26,9 @@ constexpr int STATES = LANES * SLOTS;                                  // padded
 constexpr int ALL_ITEMS = BLOCK_CHANNELS * TILE / VECTOR;
 constexpr int ITEMS = (ALL_ITEMS + THREADS - 1) / THREADS;             // per thread
 
+// Number of a thread among those that share its work: a kernel may have several teams of THREADS.
+DEVICE int worker() { return threadIdx.x % THREADS; }
+
 // ---------------------------------------------------------------------------------------------- items
 struct Item {
     int c, t;                                                          // channel and step of its first element in the tile
@@ -33,7 +36,7 @@ struct Item {
 
     // Item k of this thread, in a tile of which `channels` channels and `steps` steps exist.
     DEVICE Item(int k, int channels, int steps) {
-        int index = threadIdx.x + k * THREADS;
+        int index = worker() + k * THREADS;
 #if TIME_CONTIGUOUS
         c = index / (TILE / VECTOR);
         t = index % (TILE / VECTOR) * VECTOR;
@@ -45,7 +48,7 @@ struct Item {
 #endif
         if (ALL_ITEMS % THREADS != 0 && index >= ALL_ITEMS) valid = 0;
     }
-    DEVICE bool in_tile(int k) const { return ALL_ITEMS % THREADS == 0 || (int)threadIdx.x + k * THREADS < ALL_ITEMS; }
+    DEVICE bool in_tile(int k) const { return ALL_ITEMS % THREADS == 0 || worker() + k * THREADS < ALL_ITEMS; }
 
     DEVICE int channel(int j) const { return TIME_CONTIGUOUS ? c : c + j; }                   // of its element j
     DEVICE int row(int j) const { int s = TIME_CONTIGUOUS ? t + j : t; return REVERSE ? TILE - 1 - s : s; }
@@ -97,7 +100,7 @@ struct CoefficientItem {                                               // access
 
     // `turn` lets B and C begin with different threads where there is not enough work for all of them.
     DEVICE CoefficientItem(int k, int turn) {
-        const int index = (threadIdx.x + turn) % THREADS + k * THREADS;
+        const int index = (worker() + turn) % THREADS + k * THREADS;
         in_tile = coefficient_items<V>() % THREADS == 0 || index < coefficient_items<V>();
         if (!TIME_FAST) {
             t = index / (STATES / V);

@@ -172,7 +172,7 @@ class _Scan:
         """A block of B or C that broadcasts against (T, R, N, W)."""
         parts, constant = (self.B, self.args.B) if name == "B" else (self.C, self.args.C)
         if parts is None:
-            return constant[channels].T  # (W, N) -> (N, W)
+            return np.ascontiguousarray(constant[channels]).T  # (W, N) -> (N, W)
         group = channels.start // (self.args.dim // parts[0].shape[1])
         re, im = (None if x is None else x[rows, group, :, time].transpose(2, 0, 1) for x in parts)  # (R, N, T) -> (T, R, N)
         value = np.empty(re.shape, self.dtype)
@@ -238,7 +238,7 @@ def _forward(
 
     with np.errstate(over="ignore", invalid="ignore"):
         for rows, channels in scan.channel_blocks():
-            A_block = A[channels].T  # (W, N) -> (N, W)
+            A_block = np.ascontiguousarray(A[channels]).T  # (W, N) -> (N, W)
             h = np.zeros((rows.stop - rows.start, *A_block.shape), A.dtype)  # (R, N, W)
             if initial_state is not None:
                 h[...] = initial_state[rows, channels].swapaxes(1, 2)  # (R, W, N) -> (R, N, W)
@@ -318,7 +318,7 @@ def selective_scan_bwd(dy, saved, dlast_state=None):
 
     with np.errstate(over="ignore", invalid="ignore"):
         for rows, channels in scan.channel_blocks():
-            A_block = A[channels].T  # (W, N) -> (N, W)
+            A_block = np.ascontiguousarray(A[channels]).T  # (W, N) -> (N, W)
             # What the steps after this chunk hand to it: Ā_{t+1}·λ_{t+1}, or the gradient of last_state at the end.
             carry = np.zeros((rows.stop - rows.start, *A_block.shape), A.dtype)  # (R, N, W)
             if dlast_state is not None:

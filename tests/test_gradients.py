@@ -158,12 +158,12 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("name", NAMES)
+COMPLEX_NAMES = ("A", "B", "C", "initial_state")
+
+
+@pytest.mark.parametrize(("name", "change"), [(n, c) for n in NAMES for c in CHANGES if c != "conjugate" or n in COMPLEX_NAMES])
 def test_a_wrong_gradient_is_found(name, change):
     inputs = inputs_of(complex=True)
-    if change == "conjugate" and inputs[name].dtype.kind != "c":
-        return
     with pytest.raises(AssertionError, match=f"^check_gradients: wanted relative errors up to 1e-06, .* off: {name} by [^;]*$"):
         check_gradients(mambacupy.selective_scan_fwd, spoilt(name, CHANGES[change]), inputs)
 
@@ -210,9 +210,6 @@ def test_the_message_names_the_worst_first_and_where():
 def test_a_kink_is_told_from_a_wrong_gradient():
     def fwd(x):
         return np.sqrt(np.abs(x)), x
-
-    def bwd(dy, x):
-        return {"x": np.zeros_like(x)}
 
     with pytest.raises(AssertionError, match=r"x\[1\].*, where differences are uncertain: fwd is not smooth"):
         check_gradients(fwd, lambda dy, x: {"x": dy * np.array([0.5, 1.0])}, {"x": np.array([1.0, 1e-5])})

@@ -171,7 +171,8 @@ def exact_phi(a, derivative=False):
     return complex(*(float(Fraction(x, one)) for x in total))
 
 
-NUMBERS = sorted({sign * x for sign in (1, -1) for x in (0, 1e-300, 1e-12, 1e-9, 1e-4, 0.01, 0.3, 0.499, 0.5, 0.501, 1, 3, 20)})
+SIZES = (0, 1e-300, 1e-12, 1e-9, 1e-4, *np.geomspace(0.01, 0.49, 40), 0.499, 0.5, 0.501, 1, 3, 20)
+NUMBERS = [sign * x for x in SIZES for sign in (1, -1)]
 EPS = {np.float32: 2.0**-23, np.float64: 2.0**-52}
 
 

@@ -4,7 +4,7 @@ import cases
 import numpy as np
 import pytest
 
-from mambacupy import checks, reference, selective_scan, selective_scan_fwd
+from mambacupy import checks, kernels, reference, selective_scan, selective_scan_fwd
 from mambacupy.ops import mapping
 
 pytestmark = pytest.mark.gpu
@@ -59,7 +59,7 @@ def test_parts_of_time(cp, changes):
     arguments, options = cases.make(**({"batch": 1, "dim": 5, "length": 5000 + 37} | changes))
     wanted = reference.selective_scan_fwd(**cases.in_double(arguments), **options)
     args = checks.selective_scan("test", **arguments, discretization="euler")
-    assert mapping.forward(args, args.state).splits > 1
+    assert mapping.forward(args, args.state, kernels.device()).splits > 1
     got = selective_scan_fwd(**on_gpu(arguments), **options)
     case = cases.BASE | changes
     assert cases.relative_error(cp.asnumpy(got[0]), wanted[0]) <= cases.tolerance(case, Y_TOLERANCE)

@@ -47,7 +47,7 @@ def recover(u, delta, data, parameters, steps=400, rate=0.5, momentum=0.9):
         B, C = np.exp(-parameters[:1]), parameters[1:]
         y, _, saved = selective_scan_fwd(u, delta, -B, B, C, discretization="zoh")
         grads = selective_scan_bwd(2 * (y - data) / data.size, saved)
-        # B = exp(-log tau) = -A, so log tau has the slope -B in B and B in A.
+        # A = -exp(-log tau) and B = exp(-log tau): their slopes along log tau are B and -B.
         gradient = np.concatenate(((grads.A - grads.B) * B, grads.C))
         velocity = momentum * velocity - rate * gradient
         parameters = parameters + velocity

@@ -23,7 +23,8 @@ class Mapping(NamedTuple):
     slots: int
     channels: int
     tile: int
-    threads: int
+    threads: int  # of a team
+    teams: int  # of a block: the forward kernel has one for elements and one for the recurrence
     blocks_per_sm: int  # that the compiler leaves registers for
     splits: int
     shared_bytes: int  # dynamic shared memory
@@ -31,8 +32,9 @@ class Mapping(NamedTuple):
     @property
     def constants(self):
         """As the kernels name them."""
-        names = ("LANES", "SLOTS", "CHANNELS", "TILE", "THREADS", "BLOCKS_PER_SM")
-        return dict(zip(names, self[:6], strict=True))
+        names = ("LANES", "SLOTS", "CHANNELS", "TILE", "THREADS", "BLOCKS_PER_SM", "SHARED_BYTES")
+        values = (self.lanes, self.slots, self.channels, self.tile, self.threads, self.blocks_per_sm, self.shared_bytes)
+        return dict(zip(names, values, strict=True))
 
     @property
     def block_channels(self):
@@ -60,8 +62,13 @@ def _parts_of_time(args, wanted):
     return max(1, min(wanted, -(-args.length // CHUNK) // CHUNKS_OF_A_PART))
 
 
-def forward(args, state):
-    """Mapping of the forward kernel for `state` states a channel.
+def _shared_bytes_for_two(device):
+    """Shared memory of a block that leaves room for another on its multiprocessor."""
+    return min(device.shared_bytes, device.shared_bytes_of_multiprocessor // 2 - 1024)
+
+
+def forward(args, state, device):
+    """Mapping of the forward kernel for `state` states a channel, on a `kernels.Device`.
 
     Eight states a lane (four complex ones) are enough independent work to hide the latencies of one step, and leave little to
     add up across lanes. Parts of time cost their recurrence twice, so they come only where they fill a GPU that is mostly idle;
@@ -75,9 +82,18 @@ def forward(args, state):
     while slots > 1 and lanes < 32 and 2 * args.batch * args.dim * lanes * splits <= lanes_wanted:
         slots, lanes = slots // 2, lanes * 2
     threads = 128
-    # Three limits keep shared memory under 48 KiB: the elements of a tile, the values of B and C in it, and 32 steps.
-    tile = min(32, 4096 // real_bytes // (threads // lanes), 8192 // (lanes * slots * state_bytes))
-    return Mapping(lanes, slots, 1, tile, threads, 3, splits, 0)
+    channels = threads // lanes
+    tile = 32
+    while tile > 1:
+        varying = (args.groups_B > 0) + (args.groups_C > 0)
+        elements = 2 * tile * channels * (2 + min(lanes, 4)) * real_bytes
+        coefficients = 2 * varying * tile * (lanes * slots * state_bytes + 16)
+        shared_bytes = elements + coefficients + 2 * channels * real_bytes + 1024
+        in_registers = tile * channels * args.u.itemsize // threads  # bytes of each tensor that a thread holds
+        if in_registers <= 32 and shared_bytes <= _shared_bytes_for_two(device):
+            break
+        tile //= 2
+    return Mapping(lanes, slots, 1, tile, threads, 2, 2, splits, shared_bytes)
 
 
 def backward(args, state, device):
@@ -92,12 +108,12 @@ def backward(args, state, device):
     channels = 2 if lanes > 1 else 1
     for threads in (128, 64, 32):
         shared_bytes = _backward_shared_bytes(args, lanes, slots, channels, threads, real_bytes, state_bytes)
-        if shared_bytes <= min(device.shared_bytes, device.shared_bytes_of_multiprocessor // 2 - 1024):
+        if shared_bytes <= _shared_bytes_for_two(device):
             break
     blocks = args.batch * -(-args.dim // (threads // lanes * channels))
     wanted = 2 * device.multiprocessors // blocks
     splits = _parts_of_time(args, wanted) if wanted >= 2 else 1
-    return Mapping(lanes, slots, channels, CHUNK, threads, 256 // threads, splits, shared_bytes)
+    return Mapping(lanes, slots, channels, CHUNK, threads, 1, 256 // threads, splits, shared_bytes)
 
 
 def _backward_shared_bytes(args, lanes, slots, channels, threads, real_bytes, state_bytes):

@@ -187,7 +187,7 @@ def _launches(args, layout, name, common, numbers, entering, backward):
 
     def prepare(carries_only):
         constants = common.constants | {"CARRIES_ONLY": carries_only}
-        return kernels.get(file, name, constants, layout.shared_bytes).prepare(blocks, layout.threads, numbers)
+        return kernels.get(file, name, constants, layout.shared_bytes).prepare(blocks, layout.threads * layout.teams, numbers)
 
     if layout.splits == 1:
         return [prepare(0)]
@@ -245,7 +245,7 @@ def _run(plan, given, between):
 # ---------------------------------------------------------------------------------------------------- forward
 def _plan_forward(args, delta_softplus, reverse):
     most = mapping.states_of_a_launch(args, forward=True)
-    layout = mapping.forward(args, min(args.state, most))
+    layout = mapping.forward(args, min(args.state, most), kernels.device())
     tensors = {name: x for name, x in (("u", args.u), ("delta", args.delta), ("z", args.z)) if x is not None}
     common = _common(args, layout, tensors, delta_softplus, reverse)
     numbers = common.numbers | _strides(args.initial_state, init_batch=0, init_dim=1, init_state=2)
@@ -296,8 +296,7 @@ def _plan_backward(args, delta_softplus, reverse, dy, dlast_state):
     tensors = {"u": args.u, "delta": args.delta, "z": args.z, "dy": dy}
     tensors = {name: x for name, x in tensors.items() if x is not None}
     common = _common(args, layout, tensors, delta_softplus, reverse)
-    own = {"DY_T": kernels.C_TYPES[dy.dtype.name], "SHARED_BYTES": layout.shared_bytes}
-    common = common._replace(constants=common.constants | own)
+    common = common._replace(constants=common.constants | {"DY_T": kernels.C_TYPES[dy.dtype.name]})
     numbers = common.numbers | {"plane": args.u.size}
     numbers |= _strides(dlast_state, dlast_batch=0, dlast_dim=1, dlast_state_stride=2)
     slices = [
