@@ -144,14 +144,14 @@ DEVICE double reciprocal(double x) { return 1.0 / x; }
 
 constexpr double LOG2_E = 1.4426950408889634;
 
-// e^x. The rounding of x·log2(e) would cost |x| ulp, so what it loses is put back to first order.
-DEVICE float exp_exact(float x) {
-    float p = x * (float)LOG2_E;
-    float lost = fmaf(x, (float)LOG2_E, -p) + x * (float)(LOG2_E - (double)(float)LOG2_E);
+// e^-|x|. The rounding of x·log2(e) would cost |x| ulp, so what it loses is put back to first order.
+DEVICE float exp_of_negative(float x) {
+    float p = fabsf(x) * (float)-LOG2_E;
+    float lost = fmaf(fabsf(x), (float)-LOG2_E, -p) - fabsf(x) * (float)(LOG2_E - (double)(float)LOG2_E);
     float y = exp2_fast(p);
-    return p < -126.0f ? 0.0f : (p > 128.0f ? y : fmaf(y, lost * 0.69314718f, y));   // not at the ends: inf·0
+    return y == 0.0f ? 0.0f : fmaf(y, lost * 0.69314718f, y);         // not at -inf, whose `lost` is no number
 }
-DEVICE double exp_exact(double x) { return exp(x); }
+DEVICE double exp_of_negative(double x) { return exp(-fabs(x)); }
 
 // log(1 + x) for x in [0, 1]: x times a minimax polynomial, relative error 3e-8 before rounding.
 DEVICE float log1p_unit(float x) {
@@ -168,7 +168,7 @@ DEVICE float log1p_unit(float x) {
 }
 
 // softplus(x) = log(1 + e^x), and x itself above 20. Keeps its relative accuracy where x is very negative.
-DEVICE float softplus(float x) { return fmaxf(x, 0.0f) + log1p_unit(exp_exact(-fabsf(x))); }
+DEVICE float softplus(float x) { return fmaxf(x, 0.0f) + log1p_unit(exp_of_negative(x)); }
 DEVICE double softplus(double x) { return x > 20.0 ? x : log1p(exp(x)); }
 
 // sigmoid(x) = 1 / (1 + e^-x)
@@ -285,7 +285,7 @@ template <typename R> DEVICE Complex<R> phi_derivative(Complex<R> a, Complex<R> 
 
 // softplus and its derivative, sigmoid(x), which is 1 above 20, from one exponential.
 DEVICE void softplus_and_slope(float x, float& y, float& slope) {
-    float e = exp_exact(-fabsf(x)), r = reciprocal(1.0f + e);
+    float e = exp_of_negative(x), r = reciprocal(1.0f + e);
     y = fmaxf(x, 0.0f) + log1p_unit(e);
     slope = x >= 0.0f ? r : e * r;
 }

@@ -25,7 +25,7 @@ struct alignas(PARTS * sizeof(real) < 16 ? PARTS * sizeof(real) : 16) Parts { re
 constexpr int B_LOADS = coefficient_loads<B_VECTOR>(), C_LOADS = coefficient_loads<C_VECTOR>(), C_TURN = THREADS / 2;
 constexpr bool COEFFICIENTS_AHEAD = B_LOADS <= 8 && C_LOADS <= 8;      // few enough to wait in registers
 constexpr bool C_STAGED = C_VARIES && !CARRIES_ONLY;
-constexpr int UNROLL = TILE < 4 ? TILE : 4;
+constexpr int UNROLL = TILE < 8 ? TILE : 8;
 
 struct Params {
     const element *u, *delta, *z;
@@ -55,6 +55,26 @@ struct Shared {                                                        // double
     real skip[BLOCK_CHANNELS], bias[BLOCK_CHANNELS];                   // D and delta_bias
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "SHARED_BYTES is computed in ops/mapping.py");
+
+// The row by which `column` finds an entry of the round's row j: the first of those that share their columns, known sooner.
+DEVICE constexpr int row_of_column(int j) { return TIME_CONTIGUOUS ? j / VECTOR * VECTOR : 0; }
+
+struct Inputs {                                                        // of one step: what a lane reads from shared memory
+    Step step[CHANNELS];
+    state_t B[SLOTS], C[SLOTS];
+
+    DEVICE Inputs(const Shared& shared, int buffer, int t_round, int j, int lane, int group) {
+        const int t = t_round + j;
+#pragma unroll
+        for (int k = 0; k < CHANNELS; ++k)
+            step[k] = shared.steps[buffer][t][column<sizeof(Step)>(k * GROUPS + group, t_round + row_of_column(j))];
+#pragma unroll
+        for (int i = 0; i < SLOTS; ++i) {
+            if (B_VARIES) B[i] = shared.B[buffer][t * COEFFICIENT_PITCH + lane * SLOTS + i];
+            if (C_STAGED) C[i] = shared.C[buffer][t * COEFFICIENT_PITCH + lane * SLOTS + i];
+        }
+    }
+};
 
 extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selective_scan_fwd(const Params p) {
     extern __shared__ __align__(16) char shared_bytes[];
@@ -242,38 +262,43 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
         // Rows past the end have dt = 0: whole rounds of them are left out, a rest of a round does no harm.
         const int first_row = REVERSE ? (TILE - tile_steps) / UNROLL * UNROLL : 0;
         const int end_row = REVERSE ? TILE : tile_steps;
+        // Reads run a step ahead, and parts are written once a round, because a write to shared memory holds back all reads
+        // that follow it.
+        Inputs next(shared, buffer, first_row, 0, lane, group);
 #pragma unroll 1
         for (int t_round = first_row; t_round < end_row; t_round += UNROLL) {
+            real part[UNROLL][CHANNELS];
 #pragma unroll
             for (int j = 0; j < UNROLL; ++j) {
-                int t = t_round + j;
-                int t_column = !TIME_CONTIGUOUS || VECTOR % UNROLL == 0 ? t_round : t;        // same column, known sooner
-                state_t Bt[SLOTS], Ct[SLOTS];
-#pragma unroll
-                for (int i = 0; i < SLOTS; ++i) {
-                    if (B_VARIES) Bt[i] = shared.B[buffer][t * COEFFICIENT_PITCH + lane * SLOTS + i];
-                    if (C_STAGED) Ct[i] = shared.C[buffer][t * COEFFICIENT_PITCH + lane * SLOTS + i];
-                }
+                const Inputs now = next;
+                next = j + 1 < UNROLL ? Inputs(shared, buffer, t_round, j + 1, lane, group)
+                                      : Inputs(shared, buffer, (t_round + UNROLL) % TILE, 0, lane, group);   // at the end, any
 #pragma unroll
                 for (int k = 0; k < CHANNELS; ++k) {
-                    Step s = shared.steps[buffer][t][column<sizeof(Step)>(k * GROUPS + group, t_column)];
-                    real part = 0;
+                    const Step s = now.step[k];
+                    part[j][k] = 0;
                     if (CARRIES_ONLY) total[k] += s.dt;
 #pragma unroll
                     for (int i = 0; i < SLOTS; ++i) {
                         state_t a = decay(s.dt, rate[k][i]);
-                        state_t input = s.dtu * (B_VARIES ? Bt[i] : B_kept[k][i]);
+                        state_t input = s.dtu * (B_VARIES ? now.B[i] : B_kept[k][i]);
 #if ZOH
                         input = input * phi(s.dt * A_kept[k][i], a);
 #endif
                         h[k][i] = multiply_add(a, h[k][i], input);
-                        if (!CARRIES_ONLY) part = real_product(h[k][i], C_VARIES ? Ct[i] : C_kept[k][i], part);
+                        if (!CARRIES_ONLY) part[j][k] = real_product(h[k][i], C_VARIES ? now.C[i] : C_kept[k][i], part[j][k]);
                     }
-                    if (CARRIES_ONLY) continue;
+                }
+            }
+            if (CARRIES_ONLY) continue;
 #pragma unroll
-                    for (int step = LANES / 2; step >= 4; step /= 2) part += __shfl_xor_sync(~0u, part, step);
-                    if (LANES <= 4 || lane < PARTS)
-                        shared.parts[buffer][t][column<sizeof(Parts)>(k * GROUPS + group, t_column)].at[lane % PARTS] = part;
+            for (int j = 0; j < UNROLL; ++j) {
+#pragma unroll
+                for (int k = 0; k < CHANNELS; ++k) {
+#pragma unroll
+                    for (int step = LANES / 2; step >= 4; step /= 2) part[j][k] += __shfl_xor_sync(~0u, part[j][k], step);
+                    const int at = column<sizeof(Parts)>(k * GROUPS + group, t_round + row_of_column(j));
+                    if (LANES <= 4 || lane < PARTS) shared.parts[buffer][t_round + j][at].at[lane % PARTS] = part[j][k];
                 }
             }
         }
