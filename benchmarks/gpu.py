@@ -6,6 +6,7 @@ Needs CuPy and pytest; the package itself need not be installed (PYTHONPATH=. fr
 """
 
 import argparse
+import importlib.util
 import json
 import re
 import subprocess
@@ -18,7 +19,7 @@ import numpy as np
 
 from benchmarks.rows import ROWS
 from benchmarks.timing import copy_bandwidth, median_seconds, sets_to_exceed_cache
-from mambacupy import arrays, kernels, reference, selective_scan
+from mambacupy import arrays, kernels, reference, selective_scan, selective_scan_bwd, selective_scan_fwd
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -46,54 +47,70 @@ def arguments(row, order="length", seed=0):
 
 
 def time_row(row, bandwidth):
-    """Median milliseconds in both memory orders, and the share of copy bandwidth that the tensors' bytes make of it."""
+    """Median milliseconds of both directions in both memory orders, and the share of copy bandwidth that forward reaches."""
     element = arrays.FLOAT_DTYPES[row.dtype].itemsize
     size = row.batch * row.dim * row.length
-    result = {"row": row.name, "peer_forward_ms": row.peer_forward_ms}
+    result = {"row": row.name, "forward_ms": {}, "backward_ms": {}}
     for order in ("length", "channel"):
         sets = [arguments(row, order, seed) for seed in range(min(8, sets_to_exceed_cache(4 * size * element)))]
-        seconds = median_seconds([lambda s=s: selective_scan(**s) for s in sets])
-        result[f"forward_{order}_ms"] = round(seconds * 1e3, 4)
+        forward = median_seconds([lambda s=s: selective_scan(**s) for s in sets])
+        saved = [selective_scan_fwd(**s)[2] for s in sets]
+        backward = median_seconds(
+            [lambda s=s, kept=kept: selective_scan_bwd(s["z"], kept) for s, kept in zip(sets, saved, strict=True)]
+        )
+        result["forward_ms"][order] = round(forward * 1e3, 4)
+        result["backward_ms"][order] = round(backward * 1e3, 4)
         if order == "length":
-            result["share_of_copy_bandwidth"] = round(4 * size * element / seconds / bandwidth, 3)
-        del sets
+            result["forward_share_of_copy_bandwidth"] = round(4 * size * element / forward / bandwidth, 3)
+            result["bytes_kept_an_element"] = round(saved[0].states.nbytes / size, 3)
+        del sets, saved
         cp.get_default_memory_pool().free_all_blocks()
-    return result
+    return result | {"peer_forward_ms": row.peer_forward_ms, "peer_backward_ms": row.peer_backward_ms}
 
 
 def errors():
-    """Relative error in the 2-norm against the float64 reference, B2 D64 L1000 N16, A = -(1..16)."""
+    """Relative errors in the 2-norm against the float64 reference, B2 D64 L1000 N16, A = -(1..16)."""
     found = {}
     for dtype in ("float32", "bfloat16", "float16"):
-        row = ROWS[0]._replace(batch=2, dim=64, length=1000, dtype=dtype)
-        given = arguments(row)
+        given = arguments(ROWS[0]._replace(batch=2, dim=64, length=1000, dtype=dtype))
         host = {k: cp.asnumpy(x).astype(np.float64) if isinstance(x, cp.ndarray) else x for k, x in given.items()}
-        wanted = reference.selective_scan(**host)
-        got = cp.asnumpy(selective_scan(**given)).astype(np.float64)
-        found[dtype] = {"y": float(f"{np.linalg.norm(got - wanted) / np.linalg.norm(wanted):.3g}")}
+        y, _, saved = selective_scan_fwd(**given)
+        wanted_y, _, wanted_saved = reference.selective_scan_fwd(**host)
+        got = {"y": y} | selective_scan_bwd(given["z"], saved)._asdict()
+        wanted = {"y": wanted_y} | reference.selective_scan_bwd(host["z"], wanted_saved)._asdict()
+        found[dtype] = {name: _relative_error(x, wanted[name]) for name, x in got.items() if x is not None}
     return found
+
+
+def _relative_error(got, wanted):
+    return float(f"{np.linalg.norm(cp.asnumpy(got).astype(np.float64) - wanted) / np.linalg.norm(wanted):.3g}")
 
 
 def host_microseconds():
     """Host time of a warm call on small arrays."""
     given = arguments(ROWS[0]._replace(batch=1, dim=64, length=64))
-    for _ in range(20):
-        selective_scan(**given)
-    cp.cuda.get_current_stream().synchronize()
-    start = time.perf_counter()
-    for _ in range(500):
-        selective_scan(**given)
-    spent = time.perf_counter() - start
-    cp.cuda.get_current_stream().synchronize()
-    return round(spent / 500 * 1e6, 1)
+    _, _, saved = selective_scan_fwd(**given)
+    calls = {"forward": lambda: selective_scan(**given), "backward": lambda: selective_scan_bwd(given["z"], saved)}
+    return {name: _host_microseconds(call) for name, call in calls.items()}
+
+
+def _host_microseconds(call, calls=200, repeats=5):
+    best = float("inf")
+    for _ in range(repeats):
+        cp.cuda.get_current_stream().synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        best = min(best, time.perf_counter() - start)
+    return round(best / calls * 1e6, 1)
 
 
 def run_tests():
     """Counts of the GPU tests' outcomes; the run ends here if one fails."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--require-gpu", "-p", "no:cacheprovider", "tests"],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--require-gpu", "-p", "no:cacheprovider", "tests"]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", "6"]  # most of the time goes into compiling
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     summary = done.stdout.strip().splitlines()[-1]
     print(summary, flush=True)
     if done.returncode:

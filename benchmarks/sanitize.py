@@ -1,9 +1,9 @@
 """A few small scans that reach every kind of memory access, for compute-sanitizer: see `make sanitize`."""
 
+import cases
 import cupy as cp
 
-from mambacupy import selective_scan_fwd
-from tests import cases
+from mambacupy import selective_scan_bwd, selective_scan_fwd
 
 ROWS = ("base", "bfloat16", "complex-bfloat16", "channel-order-bfloat16", "groups-differ", "constant-BC", "zoh", "reverse",
         "length-1", "length-65", "state-5", "state-300", "dim-7", "float64")  # fmt: skip
@@ -11,13 +11,14 @@ ROWS = ("base", "bfloat16", "complex-bfloat16", "channel-order-bfloat16", "group
 
 def main():
     cp.cuda.set_allocator(None)  # an allocation of its own for every array, so that stepping over an end is seen
-    for row in ROWS:
-        arguments, options = cases.make(**cases.ROWS[row])
-        given = {}
-        for name, x in arguments.items():
-            given[name] = None if x is None else cp.asarray(x)
-        y, last_state, _ = selective_scan_fwd(**given, **options)
-        print(row, float(cp.abs(y.astype(cp.float64)).sum()), float(cp.abs(last_state).sum()), flush=True)
+    rows = {row: cases.ROWS[row] for row in ROWS} | {"parts of time": {"batch": 1, "dim": 3, "length": 1100}}
+    for row, changes in rows.items():
+        arguments, options = cases.make(**changes)
+        given = {name: None if x is None else cases.to_gpu(x) for name, x in arguments.items()}
+        y, last_state, saved = selective_scan_fwd(**given, **options)
+        grads = selective_scan_bwd(y, saved, last_state)
+        cp.cuda.get_current_stream().synchronize()
+        print(row, *(f"{float(abs(x).astype(cp.float64).sum()):.6g}" for x in (y, last_state, grads.u, grads.A)), flush=True)
 
 
 if __name__ == "__main__":

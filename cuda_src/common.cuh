@@ -122,6 +122,13 @@ template <typename I> DEVICE I recomputed(I x) {
     return x;
 }
 
+// Ask for a line of memory that will be read soon.
+DEVICE void prefetch(const void* at) {
+#ifdef __CUDA_ARCH__
+    asm volatile("prefetch.global.L2 [%0];" : : "l"(at));
+#endif
+}
+
 // ---------------------------------------------------------------------------------------------- functions of reals
 // 2^x in one instruction. Relative error at most 2^-22; exact at 0, so a decay near 1 keeps its digits.
 DEVICE float exp2_fast(float x) {

@@ -154,16 +154,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
     }
     __syncthreads();
 
-    Pack<element, VECTOR> u_pack, delta_pack, z_pack;
-    Pack<DY_T, VECTOR> dy_pack;
-    auto load = [&](const Item& item, long long t0) {                  // an item of the tile that begins at t0
+    struct Tensors { Pack<element, VECTOR> u, delta, z; Pack<DY_T, VECTOR> dy; };
+    auto load = [&](int k, long long t0, int steps) {                  // item k of the tile that begins at t0
+        const Item item(k, channels, steps);
         auto from = [&](auto* x, long long batch, long long row) {
             return x + recomputed(b) * batch + tile_offset(t0, c0, row) + item.offset(row);
         };
-        u_pack = load_pack<element, VECTOR>(from(p.u, p.u_batch, p.u_row), item.valid);
-        delta_pack = load_pack<element, VECTOR>(from(p.delta, p.delta_batch, p.delta_row), item.valid);
-        dy_pack = load_pack<DY_T, VECTOR>(from(p.dy, p.dy_batch, p.dy_row), item.valid);
-        if (p.z) z_pack = load_pack<element, VECTOR>(from(p.z, p.z_batch, p.z_row), item.valid);
+        Tensors x;
+        x.u = load_pack<element, VECTOR>(from(p.u, p.u_batch, p.u_row), item.valid);
+        x.delta = load_pack<element, VECTOR>(from(p.delta, p.delta_batch, p.delta_row), item.valid);
+        x.dy = load_pack<DY_T, VECTOR>(from(p.dy, p.dy_batch, p.dy_row), item.valid);
+        if (p.z) x.z = load_pack<element, VECTOR>(from(p.z, p.z_batch, p.z_row), item.valid);
+        return x;
+    };
+    auto prefetch_tile = [&](long long t0) {                           // u, delta, z and dy of the tile that begins at t0
+        constexpr int LINE = 128 / sizeof(element), ROW = TIME_CONTIGUOUS ? TILE : BLOCK_CHANNELS;
+        constexpr int LINES = (ROW + LINE - 1) / LINE, ROWS = TIME_CONTIGUOUS ? BLOCK_CHANNELS : TILE;
+        for (int i = threadIdx.x; i < ROWS * LINES; i += THREADS) {
+            const int row = i / LINES, at = i % LINES * LINE, c = TIME_CONTIGUOUS ? row : at, t = TIME_CONTIGUOUS ? at : row;
+            if (c >= channels || t0 + t >= p.length) continue;
+            auto from = [&](auto* x, long long batch, long long stride) {
+                return x + recomputed(b) * batch + tile_offset(t0 + t, c0 + c, stride);
+            };
+            prefetch(from(p.u, p.u_batch, p.u_row));
+            prefetch(from(p.delta, p.delta_batch, p.delta_row));
+            prefetch(from(p.dy, p.dy_batch, p.dy_row));
+            if (p.z) prefetch(from(p.z, p.z_batch, p.z_row));
+        }
     };
 
     real total[CHANNELS] = {};                                         // Σ Δ
@@ -204,18 +221,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
             auto raw = load_coefficient<C_TIME_FAST, C_VECTOR>(k, 0, C, t0, steps, (int)p.state);
             stage_coefficient<C_TIME_FAST, C_VECTOR, C_T>(k, 0, shared.C, raw);
         }
+        Tensors next = load(0, t0, steps);
 #pragma unroll 1
         for (int k = 0; k < ITEMS; ++k) {
-            Item item(k, channels, steps);
+            const Item item(k, channels, steps);
+            const Tensors now = next;
+            if (k + 1 < ITEMS) next = load(k + 1, t0, steps);
             if (!item.in_tile(k)) continue;
-            load(item, t0);
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
-                real dt = to_real(delta_pack.get(j)) + shared.bias[item.channel(j)], x = to_real(u_pack.get(j));
+                real dt = to_real(now.delta.get(j)) + shared.bias[item.channel(j)], x = to_real(now.u.get(j));
                 if (p.delta_softplus) dt = softplus(dt);
                 if (j >= item.valid) dt = 0;
-                real gy = to_real(dy_pack.get(j));
-                if (p.z) { real gate = to_real(z_pack.get(j)); gy *= gate * sigmoid(gate); }
+                real gy = to_real(now.dy.get(j));
+                if (p.z) { real gate = to_real(now.z.get(j)); gy *= gate * sigmoid(gate); }
                 shared.steps[item.row(j)][column<sizeof(Step)>(item.channel(j), item.first_row())] = {dt, ZOH ? x : dt * x};
                 shared.gates[item.row(j)][column<sizeof(real)>(item.channel(j), item.first_row())] = gy;
             }
@@ -240,6 +259,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
             __syncthreads();
             continue;
         }
+
+        if (REVERSE ? t0 + BACK < time.end : t0 > time.begin) prefetch_tile(recomputed(t0) + BACK);
 
         // -------------------------------------------------------------------------------------- forwards: h of each segment
         state_t h[CHANNELS][SLOTS], a[CHANNELS][SLOTS];
@@ -390,9 +411,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
 
         // -------------------------------------------------------------------------------------- du, ddelta, dz
         const long long t1 = recomputed(t0);
+        next = load(0, t1, steps);
 #pragma unroll 1
         for (int k = 0; k < ITEMS; ++k) {
-            Item item(k, channels, steps);
+            const Item item(k, channels, steps);
+            const Tensors now = next;
+            if (k + 1 < ITEMS) next = load(k + 1, t1, steps);
             if (!item.in_tile(k)) continue;
             const long long at = b * p.du_batch + tile_offset(t1, c0, p.du_row) + item.offset(p.du_row);
             real by_B[VECTOR], by_A[VECTOR], out[VECTOR];
@@ -423,20 +447,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
                 }
                 continue;
             }
-            load(item, t1);
             Pack<element, VECTOR> du, ddelta, dz;
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
                 const int c = item.channel(j);
-                real x = to_real(u_pack.get(j)), gy = to_real(dy_pack.get(j));
+                real x = to_real(now.u.get(j)), gy = to_real(now.dy.get(j));
                 element rounded;
                 if (p.z) {
-                    real gate = to_real(z_pack.get(j)), s = sigmoid(gate), skipped = out[j] + shared.skip[c] * x;
+                    real gate = to_real(now.z.get(j)), s = sigmoid(gate), skipped = out[j] + shared.skip[c] * x;
                     from_real(gy * skipped * s * (real(1) + gate * (real(1) - s)), rounded);  // [7]
                     dz.set(j, rounded);
                     gy *= gate * s;
                 }
-                real dt = to_real(delta_pack.get(j)) + shared.bias[c], slope = 1;
+                real dt = to_real(now.delta.get(j)) + shared.bias[c], slope = 1;
                 if (p.delta_softplus) softplus_and_slope(dt, dt, slope);
                 real dstep = (ZOH ? by_A[j] : by_A[j] + x * by_B[j]) * slope;                 // [5]
                 real dx = shared.skip[c] * gy + (ZOH ? by_B[j] : dt * by_B[j]);               // [6]

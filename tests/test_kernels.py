@@ -86,7 +86,7 @@ def test_compiles_for_every_architecture_without_spills(file, constants, request
 
 
 # The backward kernel fills all 255 registers; addresses that its outer loop needs may lie in local memory meanwhile.
-SPILLS = {"selective_scan_bwd.cu": 96}
+SPILLS = {"selective_scan_bwd.cu": 128}
 
 
 def test_launches_get_what_the_struct_names(recorder):
