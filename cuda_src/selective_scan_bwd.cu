@@ -260,7 +260,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
             continue;
         }
 
-        if (REVERSE ? t0 + BACK < time.end : t0 > time.begin) prefetch_tile(recomputed(t0) + BACK);
+        if (REVERSE ? t0 + BACK < time.end : t0 > time.begin) prefetch_tile(t0 + BACK);
 
         // -------------------------------------------------------------------------------------- forwards: h of each segment
         state_t h[CHANNELS][SLOTS], a[CHANNELS][SLOTS];

@@ -12,11 +12,8 @@ from mambacupy.reference import CHUNK
 ENOUGH_WARPS = 1024
 """Two warps for each scheduler of a large GPU. With fewer, time is cut into parts and states are spread over more lanes."""
 
-CHUNKS_OF_A_PART = 2
+CHUNKS_OF_A_PART = 8
 """Chunks in a part of time at least: a part must be worth the launch that finds what enters it."""
-
-COST_OF_HALF_A_BLOCK = 1.08
-"""Time for a channel in a block of half the size, relative to a full one: its channels share less of B and C."""
 
 
 class Mapping(NamedTuple):
@@ -70,16 +67,6 @@ def _shared_bytes_for_two(device):
     return min(device.shared_bytes, device.shared_bytes_of_multiprocessor // 2 - 1024)
 
 
-def _most_even(sizes, args, splits, channels_of, device):
-    """The block size, of `sizes` threads, with which the multiprocessor that gets the most blocks has the least to do."""
-
-    def work(threads):
-        blocks = args.batch * splits * -(-args.dim // channels_of(threads))
-        return -(-blocks // device.multiprocessors) * threads * (1 if threads == sizes[0] else COST_OF_HALF_A_BLOCK)
-
-    return min(sizes[:2], key=work)
-
-
 def forward(args, state, device):
     """Mapping of the forward kernel for `state` states a channel, on a `kernels.Device`.
 
@@ -94,7 +81,7 @@ def forward(args, state, device):
     splits = _parts_of_time(args, lanes_wanted // lanes_given) if lanes_given * 3 <= lanes_wanted else 1
     while slots > 1 and lanes < 32 and 2 * args.batch * args.dim * lanes * splits <= lanes_wanted:
         slots, lanes = slots // 2, lanes * 2
-    threads = _most_even((128, 64), args, splits, lambda threads: threads // lanes, device)
+    threads = 128
     channels = threads // lanes
     tile = 32
     while tile > 1:
@@ -106,7 +93,7 @@ def forward(args, state, device):
         if in_registers <= 32 and shared_bytes <= _shared_bytes_for_two(device):
             break
         tile //= 2
-    return Mapping(lanes, slots, 1, tile, threads, 2, 256 // threads, splits, shared_bytes)
+    return Mapping(lanes, slots, 1, tile, threads, 2, 2, splits, shared_bytes)
 
 
 def backward(args, state, device):
@@ -119,18 +106,14 @@ def backward(args, state, device):
     slots = min(16 // state_bytes, power_of_two(state))
     lanes = power_of_two(-(-state // slots))
     channels = 2 if lanes > 1 else 1
-
-    def shared_bytes(threads):
-        return _backward_shared_bytes(args, lanes, slots, channels, threads, real_bytes, state_bytes)
-
-    def block_channels(threads):
-        return threads // lanes * channels
-
-    fitting = [threads for threads in (128, 64, 32) if shared_bytes(threads) <= _shared_bytes_for_two(device)] or [32]
-    wanted = 2 * device.multiprocessors // (args.batch * -(-args.dim // block_channels(fitting[0])))
+    for threads in (128, 64, 32):
+        shared_bytes = _backward_shared_bytes(args, lanes, slots, channels, threads, real_bytes, state_bytes)
+        if shared_bytes <= _shared_bytes_for_two(device):
+            break
+    blocks = args.batch * -(-args.dim // (threads // lanes * channels))
+    wanted = 2 * device.multiprocessors // blocks
     splits = _parts_of_time(args, wanted) if wanted >= 2 else 1
-    threads = _most_even(fitting, args, splits, block_channels, device)
-    return Mapping(lanes, slots, channels, CHUNK, threads, 1, 256 // threads, splits, shared_bytes(threads))
+    return Mapping(lanes, slots, channels, CHUNK, threads, 1, 256 // threads, splits, shared_bytes)
 
 
 def _backward_shared_bytes(args, lanes, slots, channels, threads, real_bytes, state_bytes):
