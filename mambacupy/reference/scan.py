@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mambacupy import arrays, checks
+from mambacupy.reference.functions import phi, phi_derivative, sigmoid, softplus
 
 CHUNK = 64
 """Steps between the states that are kept for the backward pass."""
@@ -73,38 +74,6 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, *, return
 def selective_scan_fwd(u, delta, A, B, C, D=None, z=None, delta_bias=None, **options):
     """`mambacupy.selective_scan_fwd` for NumPy arrays."""
     return _forward("selective_scan_fwd", u, delta, A, B, C, D, z, delta_bias, save=True, **options)
-
-
-# ---------------------------------------------------------------------------------------------------- functions of numbers
-def softplus(x):
-    """log(1 + exp(x)), and x itself above 20."""
-    return np.where(x > 20, x, np.log1p(np.exp(np.minimum(x, x.dtype.type(20)))))
-
-
-def sigmoid(x):
-    """1 / (1 + exp(-x)), without overflow."""
-    e = np.exp(-np.abs(x))
-    return np.where(x >= 0, x.dtype.type(1), e) / (1 + e)
-
-
-def phi(a):
-    """(exp(a) - 1)/a, and 1 at 0. Real or complex."""
-    safe = np.where(a == 0, a.dtype.type(1), a)
-    return np.where(a == 0, a.dtype.type(1), np.expm1(safe) / safe)
-
-
-def phi_derivative(a):
-    """phi'(a) = (exp(a) - phi(a))/a, by its series near 0, where the quotient has lost its digits."""
-    terms = 8 if a.real.dtype == np.float32 else 15
-    series = np.zeros_like(a)
-    factorial = [1.0]
-    for k in range(1, terms + 2):
-        factorial.append(factorial[-1] * k)
-    for k in range(terms, 0, -1):  # Σ_{k≥1} k·a^{k-1}/(k+1)!
-        series = series * a + a.dtype.type(k / factorial[k + 1])
-    near = np.abs(a) < 0.5
-    safe = np.where(near, a.dtype.type(1), a)
-    return np.where(near, series, (np.exp(safe) - phi(safe)) / safe)
 
 
 # ---------------------------------------------------------------------------------------------------- arguments as blocks
