@@ -19,6 +19,40 @@ class Row(NamedTuple):
     peer_backward_ms: float
 
     @property
+    def elements(self):
+        return self.batch * self.dim * self.length
+
+    @property
+    def forward_bytes(self):
+        """u, delta, z, B and C read, y written."""
+        return (4 * self.elements + self._coefficients) * self._itemsize
+
+    @property
+    def backward_bytes(self):
+        """u, delta, z, dy, B and C read, du, ddelta, dz, dB and dC written, the kept states read."""
+        kept = self.elements // 64 * self.state * (8 if self.complex else 4)
+        return (7 * self.elements + 2 * self._coefficients) * self._itemsize + kept
+
+    @property
+    def forward_exponentials(self):
+        """Instructions of the special-function unit: one a state, one for softplus, two for the gate."""
+        return self.elements * (self.state + 3)
+
+    @property
+    def forward_instructions(self):
+        """Warp instructions that no kernel of this mathematics goes without: five a state (product, exponential, product, two
+        multiply-adds; complex states take about 25, of which sine and cosine most), and 30 an element."""
+        return self.elements * (self.state * (25 if self.complex else 5) + 30) // 32
+
+    @property
+    def _coefficients(self):
+        return 2 * self.batch * self.state * self.length * (2 if self.complex else 1)
+
+    @property
+    def _itemsize(self):
+        return 4 if self.dtype == "float32" else 2
+
+    @property
     def name(self):
         return f"{self.dtype}{' complex' if self.complex else ''} ({self.batch}, {self.dim}, {self.length}) N{self.state}"
 
