@@ -106,18 +106,22 @@ class _Plan(NamedTuple):
 _plans = {}
 
 
-def _planned(make, args, *more):
-    """The plan `make(args, *more)`, from memory where it was made before for arguments of the same kind."""
-    key = [make, kernels.device(), args.zoh]
-    for x in (args.u, args.delta, args.A, args.B, args.C, args.D, args.z, args.delta_bias, args.initial_state, *more):
-        key.append((x.dtype, x.shape, x.strides, kernels.address(x) & 15) if hasattr(x, "strides") else x)
-    key = tuple(key)
+def _planned(make, args, delta_softplus, reverse, *incoming):
+    """The plan `make(args, delta_softplus, reverse, *incoming)`, from memory where it was made before for arguments of the same
+    kind; `incoming` are arrays or None."""
+    given = (args.u, args.delta, args.A, args.B, args.C, args.D, args.z, args.delta_bias, args.initial_state, *incoming)
+    key = (make, kernels.device(), args.zoh, delta_softplus, reverse, *map(_kind, given))
     plan = _plans.get(key)
     if plan is None:
         if len(_plans) >= 1024:
             _plans.clear()
-        plan = _plans[key] = make(args, *more)
+        plan = _plans[key] = make(args, delta_softplus, reverse, *incoming)
     return plan
+
+
+def _kind(x):
+    """All of an array that a plan depends on."""
+    return None if x is None else (x.dtype.num, x.shape, x.strides, kernels.address(x) & 15)
 
 
 class _Common(NamedTuple):
