@@ -29,6 +29,7 @@ extern "C" __global__ void __launch_bounds__(256) combine_carries(const Params p
         STATE_T& here = p.carries[(split * p.dim + c) * p.state_total + n];
         STATE_T local = here, whole = decay(p.totals[split * p.dim + c], rate);
         here = enters;
-        enters = multiply_add(BACKWARD ? conj(whole) : whole, enters, local);
+        // Nothing stays nothing, however much a whole part would have made of it.
+        enters = is_zero(enters) ? local : multiply_add(BACKWARD ? conj(whole) : whole, enters, local);
     }
 }

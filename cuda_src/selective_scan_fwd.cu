@@ -20,7 +20,7 @@
 #include "tile.cuh"
 
 struct alignas(2 * sizeof(real)) Step { real dt, dtu; };               // Δ and Δ·u of one element
-constexpr int PARTS = LANES < 4 ? LANES : 4;                           // parts of Σ_n C·h left to phase 3
+constexpr int PARTS = LANES < 4 ? LANES : 4;                           // parts of Σ_n C·h left to `finish`
 struct alignas(PARTS * sizeof(real) < 16 ? PARTS * sizeof(real) : 16) Parts { real at[PARTS]; };
 constexpr int B_LOADS = coefficient_loads<B_VECTOR>(), C_LOADS = coefficient_loads<C_VECTOR>(), C_TURN = THREADS / 2;
 constexpr bool COEFFICIENTS_AHEAD = B_LOADS <= 8 && C_LOADS <= 8;      // few enough to wait in registers

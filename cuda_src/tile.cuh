@@ -24,6 +24,7 @@ constexpr int GROUPS = THREADS / LANES;                                // lane g
 constexpr int BLOCK_CHANNELS = GROUPS * CHANNELS;
 constexpr int STATES = LANES * SLOTS;                                  // padded: states past `state` have A = B = C = 0
 constexpr int ALL_ITEMS = BLOCK_CHANNELS * TILE / VECTOR;
+static_assert((TIME_CONTIGUOUS ? TILE : BLOCK_CHANNELS) % VECTOR == 0, "an item lies in one row of the tile");
 constexpr int ITEMS = (ALL_ITEMS + THREADS - 1) / THREADS;             // per thread
 
 // Number of a thread among those that share its work: a kernel may have several teams of THREADS.

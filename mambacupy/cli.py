@@ -319,8 +319,11 @@ def info(as_json):
     if facts["missing"]:
         click.echo("NumPy arrays run on the CPU. CuPy arrays cannot run here:")
         click.echo(f"  {facts['missing']}")
-    else:
+    elif facts["cuda_headers"]:
         click.echo("NumPy arrays run on the CPU, CuPy arrays on their GPU. Nothing is missing.")
+    else:
+        click.echo("NumPy arrays run on the CPU, CuPy arrays on their GPU, but kernels of CuPy's own may need CUDA's headers:")
+        click.echo(f"  {environment.headers_hint()}")
 
 
 def _cuda(version):

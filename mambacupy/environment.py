@@ -8,8 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-HEADERS_HINT = 'pip install "cuda-toolkit[cudart,nvrtc]=={major}.*"'
-
 
 def cupy_builds():
     """Names and versions of the installed distributions that provide `cupy`; more than one is a fault."""
@@ -28,8 +26,9 @@ def explain_missing():
     """
     builds = cupy_builds()
     if len(builds) > 1:
-        return f"several CuPy builds are installed and overwrite each other: {', '.join(builds)}; " + (
-            f"keep one: pip uninstall -y {' '.join(builds)} && pip install {max(builds)}"
+        return (
+            f"several CuPy builds are installed and overwrite each other: {', '.join(builds)}; keep one: "
+            f'pip uninstall -y {" ".join(builds)} && pip install "mambacupy[cuda12]" (or [cuda13], as your driver has it)'
         )
     if importlib.util.find_spec("cupy") is None:
         return 'CuPy is not installed: pip install "mambacupy[cuda12]" (or [cuda13], as your driver has it)'
@@ -49,9 +48,15 @@ def explain_missing():
     try:
         cupy.cuda.nvrtc.getVersion()
     except Exception as error:
-        major = cupy.cuda.runtime.runtimeGetVersion() // 1000
-        return f"NVRTC, CUDA's run-time compiler, is missing ({_first_line(error)}): {HEADERS_HINT.format(major=major)}"
+        return f"NVRTC, CUDA's run-time compiler, is missing ({_first_line(error)}): {headers_hint()}"
     return None
+
+
+def headers_hint():
+    """The command that installs NVRTC and CUDA's headers for the CuPy that is there."""
+    import cupy
+
+    return f'pip install "cuda-toolkit[cudart,nvrtc]=={cupy.cuda.runtime.runtimeGetVersion() // 1000}.*"'
 
 
 def report():

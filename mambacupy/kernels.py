@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mambacupy import environment
+
 OPTIONS = ("-std=c++17",)
 ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
 """Compute capabilities that the kernels are compiled for by the tests."""
@@ -153,11 +155,17 @@ class Kernel:
         by_value = np.dtype((np.void, 8 * (len(names) + len(self.numbers))))
 
         def launch(arrays):
-            if shared_bytes:
-                self._allow_shared_memory()
             pointers = pack(*[address(arrays[name]) for name in names])
-            for grid, packed in grids:
-                raw(grid, (threads,), (np.frombuffer(pointers + packed, by_value),), shared_mem=shared_bytes)
+            try:
+                if shared_bytes:
+                    self._allow_shared_memory()
+                for grid, packed in grids:
+                    raw(grid, (threads,), (np.frombuffer(pointers + packed, by_value),), shared_mem=shared_bytes)
+            except Exception as error:
+                missing = environment.explain_missing()
+                if missing is None:
+                    raise
+                raise RuntimeError(f"mambacupy: kernels cannot run here: {missing}") from error
 
         return launch
 

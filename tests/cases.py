@@ -64,6 +64,8 @@ ROWS = {
     **{f"length-{n}": {"length": n} for n in (1, 2, 33, 63, 64, 65, 128, 200, 1000)},
     **{f"length-{n}-reverse-bfloat16": {"length": n, "reverse": True, "dtype": "bfloat16"} for n in (1, 65, 72)},
     **{f"state-{n}": {"state": n} for n in (1, 2, 3, 5, 8, 17, 32, 64, 100, 256, 300)},
+    "state-32-channel-order-bfloat16": {"state": 32, "order": "channel", "dtype": "bfloat16"},
+    "state-256-channel-order-float16": {"state": 256, "order": "channel", "dtype": "float16"},
     "state-300-channel-order": {"state": 300, "order": "channel"},
     "state-70-complex": {"state": 70, "complex": True},
     **{f"dim-{n}": {"dim": n} for n in (1, 7, 64, 130)},

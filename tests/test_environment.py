@@ -78,7 +78,7 @@ def test_several_builds(builds, capsys):
     builds(**{"cupy-cuda11x": "13.6.0", "cupy-cuda12x": "14.0.1"})
     missing = environment.explain_missing()
     assert "several CuPy builds" in missing
-    assert "pip uninstall -y cupy-cuda11x cupy-cuda12x && pip install cupy-cuda12x" in missing
+    assert 'pip uninstall -y cupy-cuda11x cupy-cuda12x && pip install "mambacupy[cuda12]"' in missing
     assert missing in info(capsys)
 
 

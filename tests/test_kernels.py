@@ -11,18 +11,23 @@ import pytest
 from mambacupy import checks, kernels
 from mambacupy.ops import scan_kernels
 
-H100 = kernels.Device(multiprocessors=132, shared_bytes=232448, shared_bytes_of_multiprocessor=233472)
+DEVICES = {
+    "75": kernels.Device(multiprocessors=40, shared_bytes=65536, shared_bytes_of_multiprocessor=65536),
+    "86": kernels.Device(multiprocessors=28, shared_bytes=101376, shared_bytes_of_multiprocessor=102400),
+    "90": kernels.Device(multiprocessors=132, shared_bytes=232448, shared_bytes_of_multiprocessor=233472),
+}
 
 
 class Recorder:
     """Stands in for `kernels.get`: keeps what would be compiled and launched. Nothing runs."""
 
     def __init__(self):
-        self.compiled, self.launched = [], []
+        self.compiled, self.launched, self.shared_bytes = [], [], {}
 
     def __call__(self, file, name, constants, shared_bytes=0):
         kernel = (file, name, tuple(constants.items()))
         self.compiled.append(kernel)
+        self.shared_bytes[kernel] = shared_bytes
 
         def prepare(blocks, threads, numbers):
             return lambda arrays: self.launched.append((*kernel, blocks, threads, numbers, arrays))
@@ -35,10 +40,10 @@ def recorder(monkeypatch):
     return record(monkeypatch)
 
 
-def record(patch):
+def record(patch, architecture="90"):
     recorder = Recorder()
     patch.setattr(kernels, "get", recorder)
-    patch.setattr(kernels, "device", lambda: H100)
+    patch.setattr(kernels, "device", lambda: DEVICES[architecture])
     patch.setattr(kernels, "address", lambda x: 0 if x is None else x.__array_interface__["data"][0])
     patch.setattr(scan_kernels, "_plans", {})
     return recorder
@@ -87,6 +92,19 @@ def test_compiles_for_every_architecture_without_spills(file, constants, request
 
 # The backward kernel fills all 255 registers; addresses that its outer loop needs may lie in local memory meanwhile.
 SPILLS = {"selective_scan_bwd.cu": 128}
+
+
+@pytest.mark.parametrize("architecture", DEVICES)
+def test_blocks_fit_the_device(monkeypatch, architecture):
+    """Shared memory as asked for is enough for the kernel, which asserts it, and no more than the device has."""
+    pytest.importorskip("cupy")
+    recorder = record(monkeypatch, architecture)
+    for changes in cases.ROWS.values():
+        backward(*cases.make(**(changes | {"dim": 264})))
+    for (file, _, constants), shared_bytes in recorder.shared_bytes.items():
+        assert shared_bytes <= DEVICES[architecture].shared_bytes
+        source = kernels.specialise(file, dict(constants))
+        kernels.compile_for(architecture, source[: source.index('extern "C" __global__')])
 
 
 def test_launches_get_what_the_struct_names(recorder):

@@ -31,7 +31,7 @@ def expanded(x, dim, length, is_complex):
 
 
 def by_steps(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse, discretization):
-    """y, last_state, and the state before every step walked: MATH.md's forward pass, a step and a state at a time."""
+    """y, last_state, and the state before every step walked: the equations, a step and a state at a time."""
     batch, dim, length = u.shape
     is_complex = A.dtype.kind == "c"
     B, C = (expanded(x, dim, length, is_complex) for x in (B, C))

@@ -105,10 +105,12 @@ def backward(args, state, device):
     real_bytes, state_bytes = _bytes(args)
     slots = min(16 // state_bytes, power_of_two(state))
     lanes = power_of_two(-(-state // slots))
-    channels = 2 if lanes > 1 else 1
-    for threads in (128, 64, 32):
+    sizes = ((2, 128), (2, 64), (2, 32), (1, 32)) if lanes > 1 else ((1, 128), (1, 64), (1, 32))
+    for channels, threads in sizes:
         shared_bytes = _backward_shared_bytes(args, lanes, slots, channels, threads, real_bytes, state_bytes)
-        if shared_bytes <= _shared_bytes_for_two(device):
+        # One channel a lane halves its work, and comes only where a block would have no room at all.
+        most = device.shared_bytes if (channels, threads) == (2, 32) else _shared_bytes_for_two(device)
+        if shared_bytes <= most:
             break
     blocks = args.batch * -(-args.dim // (threads // lanes * channels))
     wanted = 2 * device.multiprocessors // blocks

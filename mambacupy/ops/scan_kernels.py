@@ -14,14 +14,28 @@ from mambacupy.reference import CHUNK, SelectiveScanGrads
 
 # ---------------------------------------------------------------------------------------------------- memory order
 def _is_native(x, axis):
-    """Whether neighbours along `axis` are neighbours in memory and no stride splits an element."""
-    size = x.itemsize
-    return (x.strides[axis] == size or x.shape[axis] == 1) and not any(s % size for s in x.strides)
+    """Whether neighbours along `axis` are neighbours in memory and no element is split."""
+    return (x.strides[axis] == x.itemsize or x.shape[axis] == 1) and _is_whole(x)
 
 
-def _in_order(x, axis, xp):
+def _is_whole(x):
+    """Whether every element lies at a multiple of its size, as kernels read it: pairs of a complex one, too."""
+    return not any(s % x.itemsize for s in (kernels.address(x), *x.strides))
+
+
+def _made_whole(args):
+    """The arguments without views that split elements, such as complex ones of an odd number of floats a row."""
+    split = {}
+    for name in ("A", "B", "C", "D", "delta_bias", "initial_state"):
+        x = getattr(args, name)
+        if x is not None and not _is_whole(x):
+            split[name] = x.copy()
+    return args._replace(**split) if split else args
+
+
+def _in_order(x, axis):
     """A copy of x in which `axis` is contiguous."""
-    return xp.ascontiguousarray(x) if axis == 2 else xp.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2)
+    return x.copy() if axis == 2 else x.swapaxes(1, 2).copy().swapaxes(1, 2)
 
 
 def _empty(xp, shape, dtype, axis):
@@ -30,12 +44,13 @@ def _empty(xp, shape, dtype, axis):
     return xp.empty(shape, dtype) if axis == 2 else xp.empty((*outer, length, dim), dtype).swapaxes(-1, -2)
 
 
-def _widest_access(tile, axis, tensors, fresh_row):
+def _widest_access(layout, axis, tensors, fresh_row):
     """Elements moved by one instruction: 16 bytes where all tensors are aligned for it, and the largest that fits else.
 
-    `fresh_row` is the stride, in elements, of the rows of arrays that are yet to be allocated.
+    They are neighbours in a tile: steps of it, or channels. `fresh_row` is the stride, in elements, of the rows of arrays that
+    are yet to be allocated.
     """
-    vector = min(16 // min(x.itemsize for x in tensors), tile)
+    vector = min(16 // min(x.itemsize for x in tensors), layout.tile if axis == 2 else layout.block_channels)
     while fresh_row % vector or any(
         (kernels.address(x) | x.strides[0] | x.strides[3 - axis]) % (vector * x.itemsize) for x in tensors
     ):
@@ -120,8 +135,8 @@ def _planned(make, args, delta_softplus, reverse, *incoming):
 
 
 def _kind(x):
-    """All of an array that a plan depends on."""
-    return None if x is None else (x.dtype.num, x.shape, x.strides, kernels.address(x) & 15)
+    """All of an array that a plan depends on: an access is up to 32 bytes wide, where dy is wider than u."""
+    return None if x is None else (x.dtype.num, x.shape, x.strides, kernels.address(x) & 31)
 
 
 class _Common(NamedTuple):
@@ -138,7 +153,7 @@ def _common(args, layout, tensors, delta_softplus, reverse):
     """`tensors` are those of u's shape, by name, without those that are None."""
     axis = 1 if args.u.strides[2] != args.u.itemsize and _is_native(args.u, 1) else 2
     copied = tuple(name for name, x in tensors.items() if not _is_native(x, axis))
-    tensors = {name: _in_order(x, axis, args.xp) if name in copied else x for name, x in tensors.items()}
+    tensors = {name: _in_order(x, axis) if name in copied else x for name, x in tensors.items()}
     # A block's channels share one group of B and one of C: spans are the channels between two group borders of either.
     span = math.gcd(args.dim // (args.groups_B or 1), args.dim // (args.groups_C or 1))
     blocks_per_span = -(-span // layout.block_channels)
@@ -153,7 +168,7 @@ def _common(args, layout, tensors, delta_softplus, reverse):
         "ZOH": int(args.zoh),
         "REVERSE": int(reverse),
         "TIME_CONTIGUOUS": int(axis == 2),
-        "VECTOR": _widest_access(layout.tile, axis, tensors.values(), fresh_row),
+        "VECTOR": _widest_access(layout, axis, tensors.values(), fresh_row),
         **layout.constants,
     }
     numbers = {
@@ -229,7 +244,7 @@ def _arrays(args, plan, tensors, outputs):
     xp, real = args.xp, arrays.compute_dtype(args.u.dtype)
     given = {"A": args.A, "B": args.B, "C": args.C, "D": args.D, "delta_bias": args.delta_bias, **tensors, **outputs}
     for name in plan.copied:
-        given[name] = _in_order(given[name], plan.axis, xp)
+        given[name] = _in_order(given[name], plan.axis)
     given["carries"] = given["totals"] = None
     if plan.mapping.splits > 1:
         given["carries"] = xp.empty((args.batch, plan.mapping.splits, args.dim, args.state), args.A.dtype)
@@ -281,6 +296,7 @@ def forward(args, delta_softplus, reverse, save):
     if args.u.size == 0:
         last_state[...] = 0 if args.initial_state is None else args.initial_state
         return xp.empty(args.u.shape, args.u.dtype), last_state, states
+    args = _made_whole(args)
     plan = _planned(_plan_forward, args, bool(delta_softplus), bool(reverse))
     y = _empty(xp, args.u.shape, args.u.dtype, plan.axis)
     tensors = {"u": args.u, "delta": args.delta, "z": args.z}
@@ -382,6 +398,9 @@ def backward(args, delta_softplus, reverse, states, dy, dlast_state, B, C):
             for x in (args.u, args.delta, args.A, B, C, args.D, args.z, args.delta_bias)
         ]
         return SelectiveScanGrads(*zeros, dinitial)
+    args = _made_whole(args)
+    if dlast_state is not None and not _is_whole(dlast_state):
+        dlast_state = dlast_state.copy()
     plan = _planned(_plan_backward, args, bool(delta_softplus), bool(reverse), dy, dlast_state)
     real = arrays.compute_dtype(args.u.dtype)
     du, ddelta = (_empty(xp, args.u.shape, args.u.dtype, plan.axis) for _ in range(2))

@@ -117,7 +117,7 @@ def selective_scan_fwd(
     y, last_state : array
         As `selective_scan` gives them.
     saved : SelectiveScanSaved
-        The arguments, by reference, and the states at every 64th step: `4 * state / 64` bytes an element of u.
+        The arguments, by reference, and the states at every 64th step: state / 64 numbers of A's dtype an element of u.
     """
     return _scan(
         "selective_scan_fwd", u, delta, A, B, C, D, z, delta_bias, initial_state,

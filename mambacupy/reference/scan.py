@@ -346,7 +346,7 @@ def selective_scan_bwd(dy, saved, dlast_state=None):
                 _accumulate(scan, dC, args.groups_C, rows, channels, time, twice * gy[:, :, None] * h.conj())
             dinitial[rows, channels] = carry.swapaxes(1, 2)  # (R, N, W) -> (R, W, N)
 
-    dB, dC = (_in_layout(scan, d, x, g) for d, x, g in ((dB, B, args.groups_B), (dC, C, args.groups_C)))
+        dB, dC = (_in_layout(scan, d, x, g) for d, x, g in ((dB, B, args.groups_B), (dC, C, args.groups_C)))
     return SelectiveScanGrads(du, ddelta, dA, dB, dC, dD, dz, dbias, None if initial_state is None else dinitial)
 
 
