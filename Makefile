@@ -1,12 +1,13 @@
 # make demo   install, and scan the example that the repository ships
 # make test   install what tests need, and run them all
 # make lint   style and formatting
+# make emulate  every kernel of the scan's test cases, run on the CPU (minutes; needs g++)
 # make gpu    GPU tests and benchmarks on this machine's GPU; writes benchmarks/records/
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format gpu sanitize clean
+.PHONY: demo test emulate lint format gpu sanitize clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +29,9 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest
+
+emulate: $(VENV)/installed-test
+	$(BIN)/python -m pytest tests/test_emulated_kernels.py --emulate-all
 
 lint: $(VENV)/installed-lint
 	$(BIN)/ruff check .

@@ -171,9 +171,3 @@ def make_for_peer(dtype, order):
     arguments["delta"] = like(arguments["u"], 0.5 * rng.random(arguments["u"].shape))
     arguments["delta_bias"] = (0.5 * rng.random(64)).astype(np.float32)
     return arguments, options
-
-
-def tolerance(case, table):
-    """Of a table by dtype; complex float32 states have an entry of their own, 16-bit results do not need it."""
-    dtype = case["dtype"]
-    return max(table[dtype], table["complex"]) if case["complex"] and dtype != "float64" else table[dtype]

@@ -91,7 +91,7 @@ def test_compiles_for_every_architecture_without_spills(file, constants, request
 
 
 # The backward kernel fills all 255 registers; addresses that its outer loop needs may lie in local memory meanwhile.
-SPILLS = {"selective_scan_bwd.cu": 128}
+SPILLS = {"selective_scan_bwd.cu": 160}
 
 
 @pytest.mark.parametrize("architecture", DEVICES)

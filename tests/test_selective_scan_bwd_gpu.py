@@ -5,19 +5,13 @@ import functools
 import cases
 import numpy as np
 import pytest
+import scans
 
-from mambacupy import checks, kernels, reference, selective_scan_bwd, selective_scan_fwd
+from mambacupy import checks, kernels, selective_scan_bwd, selective_scan_fwd
 from mambacupy.gradients import check_gradients
 from mambacupy.ops import mapping
 
 pytestmark = pytest.mark.gpu
-
-# Relative error in the 2-norm by the dtype of u: of gradients that are stored in it, and of those that are not. What has
-# decayed over a hundred steps is a product of as many rounded exponentials. Complex states turn by Δ·Im A besides, up to
-# 25 radians here, so that the rounding of Δ counts for more.
-STORED = {"float16": 5e-4, "bfloat16": 4e-3, "float32": 1e-6, "float64": 1e-13, "complex": 4e-6}
-KEPT_WIDE = {"float16": 2e-6, "bfloat16": 2e-6, "float32": 2e-6, "float64": 1e-13, "complex": 4e-6}
-IN_TENSOR_DTYPE = ("u", "delta", "z")
 
 
 @pytest.fixture(scope="module")
@@ -25,53 +19,20 @@ def cp():
     return pytest.importorskip("cupy")
 
 
-def incoming(arguments, seed=9):
-    """dy and dlast_state for a case, as NumPy arrays."""
-    rng = np.random.default_rng(seed)
-    u, A = arguments["u"], arguments["A"]
-    dy = cases.like(u, rng.standard_normal(u.shape))
-    last = rng.standard_normal((u.shape[0], *A.shape))
-    if A.dtype.kind == "c":
-        last = last + 1j * rng.standard_normal(last.shape)
-    return dy, last.astype(A.dtype)
-
-
-def oracle(arguments, options, dy, dlast_state):
-    wide = cases.in_double(arguments | {"dy": dy, "dlast_state": dlast_state})
-    dy, dlast_state = wide.pop("dy"), wide.pop("dlast_state")
-    return reference.selective_scan_bwd(dy, reference.selective_scan_fwd(**wide, **options)[2], dlast_state)
-
-
 def on_gpu(arguments, options, dy, dlast_state):
     saved = selective_scan_fwd(**{k: None if x is None else cases.to_gpu(x) for k, x in arguments.items()}, **options)[2]
     return selective_scan_bwd(cases.to_gpu(dy), saved, None if dlast_state is None else cases.to_gpu(dlast_state))
 
 
-def compare(got, wanted, case):
-    """Names of gradients that are too far from the oracle's, with their errors."""
-    wrong = {}
-    for name in reference.SelectiveScanGrads._fields:
-        one, two = getattr(got, name), getattr(wanted, name)
-        assert (one is None) == (two is None), name
-        if one is None:
-            continue
-        assert one.shape == two.shape
-        stored = name in IN_TENSOR_DTYPE or (name in "BC" and one.dtype == cases.DTYPES[case["dtype"]])
-        error = cases.relative_error(one.get(), two)
-        if not error <= cases.tolerance(case, STORED if stored else KEPT_WIDE):
-            wrong[name] = error
-    return wrong
-
-
 @pytest.mark.parametrize("row", cases.ROWS)
 def test_row(cp, row):
     arguments, options = cases.make(**cases.ROWS[row])
-    dy, dlast_state = incoming(arguments)
+    dy, dlast_state = scans.incoming(arguments)
     got = on_gpu(arguments, options, dy, dlast_state)
     with cp.cuda.Stream(non_blocking=True) as stream:
         again = on_gpu(arguments, options, dy, dlast_state)
         stream.synchronize()
-    assert compare(got, oracle(arguments, options, dy, dlast_state), cases.BASE | cases.ROWS[row]) == {}
+    assert scans.wrong_gradients(got, scans.oracle(arguments, options, dy, dlast_state), cases.BASE | cases.ROWS[row]) == {}
     for name, one, two in zip(got._fields, got, again, strict=True):
         if one is not None:
             assert one.get().tobytes() == two.get().tobytes(), name
@@ -94,8 +55,8 @@ PEER = {
 def test_errors_are_no_larger_than_the_peers(cp, dtype, order):
     """Nor than that of the exact gradient rounded once to the dtype it is stored in, which no kernel can beat."""
     arguments, options = cases.make_for_peer(dtype, order)
-    dy, _ = incoming(arguments)
-    got, wanted = on_gpu(arguments, options, dy, None), oracle(arguments, options, dy, None)
+    dy, _ = scans.incoming(arguments)
+    got, wanted = on_gpu(arguments, options, dy, None), scans.oracle(arguments, options, dy, None)
     wrong = {}
     for name, peer in PEER[dtype].items():
         one, two = getattr(got, name), getattr(wanted, name)
@@ -122,23 +83,23 @@ def test_parts_of_time(cp, changes):
     arguments, options = cases.make(**case)
     args = checks.selective_scan("test", **arguments, discretization="euler")
     assert mapping.backward(args, args.state, kernels.device()).splits > 1
-    dy, dlast_state = incoming(arguments)
+    dy, dlast_state = scans.incoming(arguments)
     got = on_gpu(arguments, options, dy, dlast_state)
-    assert compare(got, oracle(arguments, options, dy, dlast_state), cases.BASE | case) == {}
+    assert scans.wrong_gradients(got, scans.oracle(arguments, options, dy, dlast_state), cases.BASE | case) == {}
 
 
 def test_last_state_alone_and_dy_alone(cp):
     arguments, options = cases.make()
-    dy, dlast_state = incoming(arguments)
+    dy, dlast_state = scans.incoming(arguments)
     for one, two in ((dy, None), (np.zeros_like(dy), dlast_state)):
         got = on_gpu(arguments, options, one, two)
-        zeros = np.zeros_like(dlast_state)
-        assert compare(got, oracle(arguments, options, one, zeros if two is None else two), cases.BASE) == {}
+        wanted = scans.oracle(arguments, options, one, np.zeros_like(dlast_state) if two is None else two)
+        assert scans.wrong_gradients(got, wanted, cases.BASE) == {}
 
 
 def test_dy_may_be_wider_than_u(cp):
     arguments, options = cases.make(dtype="bfloat16")
-    dy, dlast_state = incoming(arguments)
+    dy, dlast_state = scans.incoming(arguments)
     narrow = on_gpu(arguments, options, dy, dlast_state)
     wide = on_gpu(arguments, options, dy.astype(np.float32), dlast_state)
     for name, one, two in zip(narrow._fields, narrow, wide, strict=True):
@@ -157,22 +118,22 @@ VIEWS = {
 def test_views_are_never_misread(cp, view, order):
     cut, names = VIEWS[view], ("u", "delta", "z")
     wide, options = cases.make(dim=49, length=131, dtype="bfloat16", order=order)
-    wide_dy, _ = incoming(wide)
+    wide_dy, _ = scans.incoming(wide)
     batch, dim, length = cut(wide["u"]).shape
     rest, _ = cases.make(batch=batch, dim=dim, length=length, dtype="bfloat16")
-    _, dlast_state = incoming(rest)
-    wanted = oracle(rest | {k: cut(wide[k]) for k in names}, options, cut(wide_dy), dlast_state)
+    _, dlast_state = scans.incoming(rest)
+    wanted = scans.oracle(rest | {k: cut(wide[k]) for k in names}, options, cut(wide_dy), dlast_state)
     given = {k: cp.asarray(x) for k, x in rest.items()} | {k: cut(cases.to_gpu(wide[k])) for k in names}
     saved = selective_scan_fwd(**given, **options)[2]
     got = selective_scan_bwd(cut(cases.to_gpu(wide_dy)), saved, cp.asarray(dlast_state))
-    assert compare(got, wanted, cases.BASE | {"dtype": "bfloat16"}) == {}
+    assert scans.wrong_gradients(got, wanted, cases.BASE | {"dtype": "bfloat16"}) == {}
 
 
 @pytest.mark.parametrize("changes", [{"batch": 0}, {"length": 0}, {"dim": 0}])
 def test_empty(cp, changes):
     arguments, options = cases.make(**changes)
-    dy, dlast_state = incoming(arguments)
-    got, wanted = on_gpu(arguments, options, dy, dlast_state), oracle(arguments, options, dy, dlast_state)
+    dy, dlast_state = scans.incoming(arguments)
+    got, wanted = on_gpu(arguments, options, dy, dlast_state), scans.oracle(arguments, options, dy, dlast_state)
     for name, one, two in zip(got._fields, got, wanted, strict=True):
         assert one.shape == two.shape and np.array_equal(one.get(), two), name
 
@@ -197,7 +158,7 @@ def test_softplus_at_its_ends(cp):
         one = np.ones((1, 1), np.float32)
         arguments = {"u": ones, "delta": ones * value, "A": -one * 0.01, "B": one, "C": one}
         got = on_gpu(arguments, {"delta_softplus": True}, ones, None)
-        wanted = oracle(arguments, {"delta_softplus": True}, ones, None)
+        wanted = scans.oracle(arguments, {"delta_softplus": True}, ones, None)
         for name in ("u", "delta", "A", "B"):
             one, two = getattr(got, name).get(), getattr(wanted, name)
             assert cases.relative_error(one, two) <= 2e-6 or abs(two).max() < 1e-37, (name, value)
@@ -206,7 +167,7 @@ def test_softplus_at_its_ends(cp):
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_nan_and_inf_stay_in_their_channel_and_its_sums(cp, bad):
     arguments, options = cases.make()
-    dy, dlast_state = incoming(arguments)
+    dy, dlast_state = scans.incoming(arguments)
     clean = on_gpu(arguments, options, dy, dlast_state)
     arguments["u"][1, 5, 20] = bad
     got = on_gpu(arguments, options, dy, dlast_state)
@@ -246,6 +207,6 @@ def test_many_channels_and_batches(cp):
     for batch, dim in ((1, 70_000), (70_000, 1)):
         case = {"batch": batch, "dim": dim, "length": 3, "state": 2}
         arguments, options = cases.make(**case)
-        dy, dlast_state = incoming(arguments)
+        dy, dlast_state = scans.incoming(arguments)
         got = on_gpu(arguments, options, dy, dlast_state)
-        assert compare(got, oracle(arguments, options, dy, dlast_state), cases.BASE | case) == {}
+        assert scans.wrong_gradients(got, scans.oracle(arguments, options, dy, dlast_state), cases.BASE | case) == {}

@@ -9,11 +9,15 @@ from typing import NamedTuple
 from mambacupy import arrays
 from mambacupy.reference import CHUNK
 
-ENOUGH_WARPS = 1024
-"""Two warps for each scheduler of a large GPU. With fewer, time is cut into parts and states are spread over more lanes."""
+ENOUGH_WARPS = 8
+"""Warps for a multiprocessor: two for each of its schedulers. With fewer, time is cut into parts and states are spread over
+more lanes."""
 
-CHUNKS_OF_A_PART = 8
+CHUNKS_OF_A_PART = 2
 """Chunks in a part of time at least: a part must be worth the launch that finds what enters it."""
+
+COST_OF_HALF_A_BLOCK = 1.08
+"""Time for a channel in a block of half the size, relative to a full one: fewer channels share a load of B and C."""
 
 
 class Mapping(NamedTuple):
@@ -67,6 +71,12 @@ def _shared_bytes_for_two(device):
     return min(device.shared_bytes, device.shared_bytes_of_multiprocessor // 2 - 1024)
 
 
+def _most_work(args, splits, threads, block_channels, full, device):
+    """Work of the multiprocessor that gets the most blocks, if a block has `threads` threads instead of `full`."""
+    blocks = args.batch * splits * -(-args.dim // block_channels)
+    return -(-blocks // device.multiprocessors) * threads * (1 if threads == full else COST_OF_HALF_A_BLOCK)
+
+
 def forward(args, state, device):
     """Mapping of the forward kernel for `state` states a channel, on a `kernels.Device`.
 
@@ -74,26 +84,28 @@ def forward(args, state, device):
     add up across lanes. Parts of time cost their recurrence twice, so they come only where they fill a GPU that is mostly idle;
     lanes cost sums across them, and come where there are still too few warps.
     """
-    real_bytes, state_bytes = _bytes(args)
     slots = min(4 if args.complex else 8, power_of_two(state))
     lanes = power_of_two(-(-state // slots))
-    lanes_wanted, lanes_given = 32 * ENOUGH_WARPS, args.batch * args.dim * lanes
+    lanes_wanted, lanes_given = 32 * ENOUGH_WARPS * device.multiprocessors, args.batch * args.dim * lanes
     splits = _parts_of_time(args, lanes_wanted // lanes_given) if lanes_given * 3 <= lanes_wanted else 1
     while slots > 1 and lanes < 32 and 2 * args.batch * args.dim * lanes * splits <= lanes_wanted:
         slots, lanes = slots // 2, lanes * 2
-    threads = 128
-    channels = threads // lanes
-    tile = 32
-    while tile > 1:
-        varying = (args.groups_B > 0) + (args.groups_C > 0)
-        elements = 2 * tile * channels * (2 + min(lanes, 4)) * real_bytes
-        coefficients = 2 * varying * tile * (lanes * slots * state_bytes + 16)
-        shared_bytes = elements + coefficients + 2 * channels * real_bytes + 1024
-        in_registers = tile * channels * args.u.itemsize // threads  # bytes of each tensor that a thread holds
+    threads = min((128, 64), key=lambda threads: _most_work(args, splits, threads, threads // lanes, 128, device))
+    for tile in (32, 16, 8, 4, 2, 1):
+        shared_bytes = _forward_shared_bytes(args, lanes, slots, tile, threads)
+        in_registers = tile * args.u.itemsize // lanes  # bytes of each tensor that a thread holds
         if in_registers <= 32 and shared_bytes <= _shared_bytes_for_two(device):
             break
-        tile //= 2
-    return Mapping(lanes, slots, 1, tile, threads, 2, 2, splits, shared_bytes)
+    return Mapping(lanes, slots, 1, tile, threads, 2, 256 // threads, splits, shared_bytes)
+
+
+def _forward_shared_bytes(args, lanes, slots, tile, threads):
+    """An upper bound of sizeof(Shared) in selective_scan_fwd.cu, which checks it."""
+    real_bytes, state_bytes = _bytes(args)
+    varying = (args.groups_B > 0) + (args.groups_C > 0)
+    elements = (2 * tile * (2 + min(lanes, 4)) + 2) * (threads // lanes) * real_bytes
+    coefficients = 2 * varying * tile * (lanes * slots * state_bytes + 16)
+    return elements + coefficients + 1024
 
 
 def backward(args, state, device):
@@ -102,24 +114,28 @@ def backward(args, state, device):
     A lane holds Ā and h of 8 steps of its states: four states of each of two channels fill its registers. The size of a block
     follows from shared memory, of which two blocks are to fit on a multiprocessor.
     """
-    real_bytes, state_bytes = _bytes(args)
-    slots = min(16 // state_bytes, power_of_two(state))
+    slots = min(16 // _bytes(args)[1], power_of_two(state))
     lanes = power_of_two(-(-state // slots))
-    sizes = ((2, 128), (2, 64), (2, 32), (1, 32)) if lanes > 1 else ((1, 128), (1, 64), (1, 32))
-    for channels, threads in sizes:
-        shared_bytes = _backward_shared_bytes(args, lanes, slots, channels, threads, real_bytes, state_bytes)
-        # One channel a lane halves its work, and comes only where a block would have no room at all.
-        most = device.shared_bytes if (channels, threads) == (2, 32) else _shared_bytes_for_two(device)
-        if shared_bytes <= most:
-            break
-    blocks = args.batch * -(-args.dim // (threads // lanes * channels))
-    wanted = 2 * device.multiprocessors // blocks
+    sizes = [(2, 128), (2, 64), (2, 32), (1, 32)] if lanes > 1 else [(1, 128), (1, 64), (1, 32)]
+
+    def shared_bytes(size):
+        return _backward_shared_bytes(args, lanes, slots, *size)
+
+    def fits(size):  # one channel a lane halves its work, and comes only where a block would have no room at all
+        return shared_bytes(size) <= (device.shared_bytes if size == (2, 32) else _shared_bytes_for_two(device))
+
+    fitting = [size for size in sizes if fits(size)] or sizes[-1:]
+    channels, threads = fitting[0]
+    wanted = 2 * device.multiprocessors // (args.batch * -(-args.dim // (threads // lanes * channels)))
     splits = _parts_of_time(args, wanted) if wanted >= 2 else 1
-    return Mapping(lanes, slots, channels, CHUNK, threads, 1, 256 // threads, splits, shared_bytes)
+    halves = [size for size in fitting[:2] if size[0] == channels]
+    size = min(halves, key=lambda s: _most_work(args, splits, s[1], s[1] // lanes * s[0], threads, device))
+    return Mapping(lanes, slots, size[0], CHUNK, size[1], 1, 256 // size[1], splits, shared_bytes(size))
 
 
-def _backward_shared_bytes(args, lanes, slots, channels, threads, real_bytes, state_bytes):
+def _backward_shared_bytes(args, lanes, slots, channels, threads):
     """An upper bound of sizeof(Shared) in selective_scan_bwd.cu, which checks it."""
+    real_bytes, state_bytes = _bytes(args)
     varying = (args.groups_B > 0) + (args.groups_C > 0)
     elements = (3 * CHUNK + 2) * threads // lanes * channels * real_bytes
     kept = (8 + 3 - varying) * channels * slots * threads * state_bytes

@@ -1,0 +1,68 @@
+// emulator.h: what a kernel of cuda_src/ needs of CUDA, for a C++ compiler on a host.
+//
+// A thread of a block is a fiber. It runs until it has to wait for others, at a barrier or an exchange between lanes; the block
+// is done when all its fibers are. Blocks run one after another. Nothing of the order in which a GPU runs threads is tested
+// here (races are compute-sanitizer's), but every index, width and sum is.
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static
+#define __restrict__
+#define __align__(bytes)
+
+struct Index { unsigned x; };
+static Index threadIdx, blockIdx;
+
+constexpr int MOST_THREADS = 1024, STACK_BYTES = 1 << 17;
+static int threads, current;
+static bool done[MOST_THREADS];
+static ucontext_t scheduler, fibers[MOST_THREADS];
+static char stacks[MOST_THREADS][STACK_BYTES];
+
+struct Barrier { int arrived = 0, generation = 0; };
+static Barrier block_barrier, warp_barriers[MOST_THREADS / 32];
+
+static void wait(Barrier& barrier, int expected) {
+    const int generation = barrier.generation;
+    if (++barrier.arrived == expected) {
+        barrier.arrived = 0;
+        ++barrier.generation;
+    }
+    while (barrier.generation == generation) swapcontext(&fibers[current], &scheduler);
+}
+static void __syncthreads() { wait(block_barrier, threads); }
+static void __syncwarp() {
+    const int warp = current / 32, lanes = threads - warp * 32;
+    wait(warp_barriers[warp], lanes < 32 ? lanes : 32);
+}
+static double exchanged[MOST_THREADS];
+template <typename T> T __shfl_xor_sync(unsigned, T x, int step) {
+    const int here = current;
+    exchanged[here] = x;
+    __syncwarp();
+    T there = (T)exchanged[here ^ step];
+    __syncwarp();
+    return there;
+}
+
+template <typename To, typename From> To same_bits(From x) {
+    To y;
+    memcpy(&y, &x, sizeof y);
+    return y;
+}
+static float __uint_as_float(unsigned x) { return same_bits<float>(x); }
+static unsigned __float_as_uint(float x) { return same_bits<unsigned>(x); }
+static double __hiloint2double(int high, int low) {
+    return same_bits<double>((unsigned long long)(unsigned)high << 32 | (unsigned)low);
+}
+static int __double2loint(double x) { return (int)same_bits<unsigned long long>(x); }
+static int __double2hiint(double x) { return (int)(same_bits<unsigned long long>(x) >> 32); }
+static long long min(long long a, long long b) { return a < b ? a : b; }

@@ -1,0 +1,116 @@
+"""Run kernels of cuda_src/ without a GPU: the same text, compiled as C++ (emulator.h), the launch code on NumPy arrays.
+
+Slow and serial, but exact in what it checks: indices, widths and alignment of accesses, masks, sums. Fresh memory is full of
+NaN, so that what was not written shows.
+"""
+
+import ctypes
+import functools
+import hashlib
+import struct
+import subprocess
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+from mambacupy import kernels
+from mambacupy.ops import scan_kernels
+
+H100 = kernels.Device(multiprocessors=132, shared_bytes=232448, shared_bytes_of_multiprocessor=233472)
+
+BLOCKS = """
+static const Params* params;
+static void run_thread() {
+    %(kernel)s(*params);
+    done[current] = true;
+    swapcontext(&fibers[current], &scheduler);
+}
+extern "C" void run(const Params* given, long long blocks, int threads_of_a_block) {
+    params = given;
+    threads = threads_of_a_block;
+    for (long long block = 0; block < blocks; ++block) {
+        blockIdx.x = (unsigned)block;
+        for (int t = 0; t < threads; ++t) {
+            done[t] = false;
+            getcontext(&fibers[t]);
+            fibers[t].uc_stack.ss_sp = stacks[t];
+            fibers[t].uc_stack.ss_size = STACK_BYTES;
+            makecontext(&fibers[t], run_thread, 0);
+        }
+        for (int running = threads; running > 0;) {
+            running = 0;
+            for (current = 0; current < threads; ++current) {
+                if (done[current]) continue;
+                threadIdx.x = current;
+                ++running;
+                swapcontext(&scheduler, &fibers[current]);
+            }
+        }
+    }
+}
+"""
+
+REPLACED = {
+    # An access of several elements must be aligned, as a GPU demands.
+    "pack = *reinterpret_cast<const Pack<T, COUNT>*>(from);": "if ((size_t)from % sizeof(pack)) abort(); memcpy(&pack, from, sizeof pack);",  # noqa: E501
+    "*reinterpret_cast<Pack<T, COUNT>*>(to) = pack;": "if ((size_t)to % sizeof(pack)) abort(); memcpy(to, &pack, sizeof pack);",
+    "extern __shared__ __align__(16) char shared_bytes[];": "alignas(16) static char shared_bytes[SHARED_BYTES];",
+}
+
+
+@functools.cache
+def _library(file, name, constants):
+    text = kernels.specialise(file, dict(constants))
+    for old, new in REPLACED.items():
+        text = text.replace(old, new)
+    text = (Path(__file__).parent / "emulator.h").read_text() + text + BLOCKS % {"kernel": name}
+    folder = Path(tempfile.gettempdir()) / "mambacupy-emulated"
+    folder.mkdir(exist_ok=True)
+    library = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.so"
+    if not library.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as own:
+            source, built = Path(own) / "kernel.cpp", Path(own) / "kernel.so"
+            source.write_text(text)
+            options = ["-std=c++17", "-O1", "-w", "-fno-strict-aliasing", "-fPIC", "-shared"]
+            subprocess.run(["g++", *options, "-o", built, source], check=True)
+            built.rename(library)
+    return ctypes.CDLL(str(library))
+
+
+def get(file, name, constants, shared_bytes=0):
+    """Stands in for `kernels.get`."""
+    pointers, numbers = kernels.parameter_names(kernels.read_source(file))
+
+    def prepare(blocks, threads, values):
+        def launch(arrays):
+            packed = struct.pack(f"{len(pointers)}Q", *(kernels.address(arrays[pointer]) for pointer in pointers))
+            packed += struct.pack(f"{len(numbers)}q", *((values | {"first_block": 0})[number] for number in numbers))
+            library = _library(file, name, tuple(constants.items()))
+            library.run(ctypes.create_string_buffer(packed, len(packed)), ctypes.c_longlong(blocks), threads)
+
+        return launch
+
+    return SimpleNamespace(prepare=prepare)
+
+
+def install(monkeypatch, device=H100):
+    """From here on kernels run here, on NumPy arrays."""
+    monkeypatch.setattr(kernels, "get", get)
+    monkeypatch.setattr(kernels, "device", lambda: device)
+    monkeypatch.setattr(kernels, "address", lambda x: 0 if x is None else x.__array_interface__["data"][0])
+    monkeypatch.setattr(scan_kernels, "_plans", {})
+
+
+class Memory:
+    """NumPy with fresh memory as CuPy's is: aligned, and of unknown content."""
+
+    def __getattr__(self, name):
+        return getattr(np, name)
+
+    def empty(self, shape, dtype):
+        size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        room = np.full(size + 512, 0xFF, np.uint8)  # NaN in every dtype
+        start = -room.ctypes.data % 512
+        return room[start : start + size].view(dtype).reshape(shape)
