@@ -1,0 +1,340 @@
+"""The causal convolution on a GPU: from checked CuPy arrays to launches of the kernels in cuda_src/causal_conv1d*.cu.
+
+Plans are kept as those of the scan are: what follows from shapes, strides, alignment and options is worked out once.
+"""
+
+from mambacupy import arrays, kernels
+from mambacupy.ops.mapping import power_of_two
+from mambacupy.ops.scan_kernels import _empty, _is_native, _strides
+from mambacupy.reference.conv import CausalConv1dGrads
+
+THREADS = 128
+"""Threads of a block, as the kernels have them."""
+
+WIDEST = 8
+"""The widest filter that is kept in registers. Wider ones run plain loops over memory."""
+
+WARPS = 24
+"""Warps on each multiprocessor that are wanted before a thread is given more steps of time."""
+
+STEPS = (16, 32, 64, 128)
+"""Steps that a thread walks where channels are contiguous. Each part reads width - 1 steps of its neighbours again."""
+
+KEPT_BYTES = {"forward": 128, "backward": 64}
+"""Size of the filters of a thread's channels where channels are contiguous. As much again goes into each window; more would
+leave registers for too few warps to hide the latency of memory."""
+
+
+_plans = {}
+
+
+def _planned(make, args, *more):
+    """The plan `make(args, *more)`, from memory where it was made before for arguments of the same kind."""
+    key = [make, kernels.device()]
+    for x in (*args, *more):
+        key.append((x.dtype, x.shape, x.strides, kernels.address(x) & 31) if hasattr(x, "strides") else x)
+    key = tuple(key)
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) >= 1024:
+            _plans.clear()
+        plan = _plans[key] = make(args, *more)
+    return plan
+
+
+def _in_elements(x):
+    """x, or a copy of it where an element does not lie at a multiple of its size, as kernels read it."""
+    if x is None or not any(s % x.itemsize for s in (kernels.address(x), *x.strides)):
+        return x
+    return x.copy()
+
+
+def _in_order(x, axis):
+    """A copy of x in which `axis` is contiguous."""
+    return x.copy() if axis == 2 else x.swapaxes(1, 2).copy().swapaxes(1, 2)  # (batch, length, dim) in between
+
+
+def _widest_access(axis, tensors):
+    """Elements moved by one instruction: 16 bytes where all tensors are aligned for it, and the largest that fits else. It
+    divides the contiguous axis, of arrays yet to be allocated too."""
+    vector = 16 // min(x.itemsize for x in tensors)
+    while tensors[0].shape[axis] % vector or any(
+        (kernels.address(x) | x.strides[0] | x.strides[3 - axis]) % (vector * x.itemsize) for x in tensors
+    ):
+        vector //= 2
+    return vector
+
+
+def _axis(x):
+    """The axis of x that is contiguous in memory, 1 or 2; a single step is as channel-contiguous as it is anything."""
+    return 1 if (x.strides[2] != x.itemsize or x.shape[2] == 1) and _is_native(x, 1) else 2
+
+
+def _weight_vector(args, vector):
+    """Entries of weight read at once where a thread has `vector` channels."""
+    x = args.weight
+    if x.strides != (args.width * x.itemsize, x.itemsize):
+        return 1
+    count = 16 // x.itemsize
+    while count > 1 and (vector * args.width % count or kernels.address(x) % (count * x.itemsize)):
+        count //= 2
+    return count
+
+
+def _layout(args, axis, direction, tensors):
+    """Constants, numbers and blocks of a launch: which steps and channels a thread has."""
+    vector = _widest_access(axis, tensors)
+    wanted = 32 * WARPS * kernels.device().multiprocessors  # threads
+    if axis == 2:
+        lanes = min(32, power_of_two(-(-args.length // vector)))
+        splits = max(1, min(wanted // (args.batch * args.dim * lanes), -(-args.length // (4 * lanes * vector))))
+        steps = -(-args.length // (splits * lanes * vector)) * lanes * vector
+        threads, weight_vector = args.batch * args.dim * lanes, 1
+    else:
+        real_bytes = arrays.compute_dtype(args.x.dtype).itemsize
+        while vector > 1 and vector * args.width * real_bytes > KEPT_BYTES[direction]:
+            vector //= 2
+        lanes, threads = 1, args.batch * (args.dim // vector)
+        steps = next((n for n in reversed(STEPS) if threads * -(-args.length // n) >= wanted), STEPS[0])
+        weight_vector = _weight_vector(args, vector)
+    splits = -(-args.length // steps)
+    constants = {
+        "X_T": kernels.C_TYPES[args.x.dtype.name],
+        "W_T": kernels.C_TYPES[args.weight.dtype.name],
+        "WIDTH": args.width,
+        "SILU": int(args.silu),
+        "REVERSE": int(args.reverse),
+        "TIME_CONTIGUOUS": int(axis == 2),
+        "VECTOR": vector,
+        "LANES": lanes,
+        "WEIGHT_VECTOR": weight_vector,
+    }
+    numbers = {"batch": args.batch, "dim": args.dim, "length": args.length, "steps": steps, "splits": splits}
+    return constants, numbers, -(-threads * splits // THREADS)
+
+
+def _parameters(args):
+    """Strides of what is not of x's shape."""
+    return {
+        **_strides(args.weight, weight_dim=0, weight_tap=1),
+        **_strides(args.bias, bias_dim=0),
+        **_strides(args.initial_state, init_batch=0, init_dim=1, init_tap=2),
+    }
+
+
+def _rows(axis, fresh, **tensors):
+    """Strides of the tensors of x's shape; the one called `fresh` is yet to be allocated."""
+    first = next(iter(tensors.values()))
+    row = first.shape[axis]
+    numbers = {f"{fresh}_batch": first.shape[1] * first.shape[2], f"{fresh}_row": row}
+    for name, x in tensors.items():
+        numbers |= _strides(x, **{f"{name}_batch": 0, f"{name}_row": 3 - axis})
+    return numbers
+
+
+def _whole(args):
+    """The arguments with every stride a whole number of elements."""
+    changed = {name: _in_elements(getattr(args, name)) for name in ("weight", "bias", "initial_state")}
+    return args._replace(**changed)
+
+
+def _plan_forward(args):
+    axis = _axis(args.x)
+    copied = not _is_native(args.x, axis)
+    x = _in_order(args.x, axis) if copied else args.x
+    constants, numbers, blocks = _layout(args, axis, "forward", [x])
+    numbers |= _rows(axis, "y", x=x) | _parameters(args)
+    launch = kernels.get("causal_conv1d.cu", "causal_conv1d", constants).prepare(blocks, THREADS, numbers)
+    return axis, copied, launch
+
+
+def forward(args, wants_final_state):
+    """Convolve.
+
+    Parameters
+    ----------
+    args : checks_conv.ConvArguments
+    wants_final_state : bool
+
+    Returns
+    -------
+    y, final_state : array
+        final_state is None where it is not wanted.
+    """
+    xp, args = args.xp, _whole(args)
+    final_state = xp.empty((args.batch, args.dim, args.width - 1), args.x.dtype) if wants_final_state else None
+    if args.x.size == 0 or args.width > WIDEST:
+        if wants_final_state:
+            _fill_final_state(args, final_state)
+        return _wide_forward(args), final_state
+    axis, copied, launch = _planned(_plan_forward, args)
+    x = _in_order(args.x, axis) if copied else args.x
+    y = _empty(xp, x.shape, x.dtype, axis)
+    launch(
+        {
+            "x": x, "weight": args.weight, "bias": args.bias, "initial_state": args.initial_state,
+            "y": y, "final_state": final_state,
+        }
+    )  # fmt: skip
+    return y, final_state
+
+
+def _fill_final_state(args, final_state):
+    """The last width - 1 entries of the initial state followed by the steps walked."""
+    before = args.width - 1
+    walked = args.x[:, :, ::-1] if args.reverse else args.x
+    kept = max(0, before - args.length)  # entries that the initial state has left
+    final_state[:, :, kept:] = walked[:, :, max(0, args.length - before) :]
+    final_state[:, :, :kept] = 0 if args.initial_state is None else args.initial_state[:, :, before - kept :]
+
+
+# ---------------------------------------------------------------------------------------------------- backward
+def _plan_backward(args, dy, dfinal_state):
+    axis = _axis(args.x)
+    tensors = {"x": args.x, "dy": dy}
+    copied = tuple(name for name, x in tensors.items() if not _is_native(x, axis))
+    tensors = {name: _in_order(x, axis) if name in copied else x for name, x in tensors.items()}
+    constants, numbers, blocks = _layout(args, axis, "backward", list(tensors.values()))
+    constants["DY_T"] = kernels.C_TYPES[dy.dtype.name]
+    numbers |= _rows(axis, "dx", **tensors) | _parameters(args)
+    numbers |= _strides(dfinal_state, dfinal_batch=0, dfinal_dim=1, dfinal_tap=2)
+    launch = kernels.get("causal_conv1d_bwd.cu", "causal_conv1d_bwd", constants).prepare(blocks, THREADS, numbers)
+    count = args.batch * numbers["splits"]
+    return axis, copied, count, launch, _sum(args, count)
+
+
+def _sum(args, count):
+    """Launch that adds up `count` parts (width then bias, dim)."""
+    size = (args.width + (args.bias is not None)) * args.dim
+    unused = dict.fromkeys(("rows", "columns", "out_outer", "out_column", "out_row", "out_real", "out_groups", "out_group"), 0)
+    shares = 1 if count <= 16 else 32
+    real, out = (kernels.C_TYPES[dtype.name] for dtype in (arrays.compute_dtype(args.x.dtype), args.weight.dtype))
+    constants = {"REAL": real, "OUT_T": out, "REALS": 1, "SHARES": shares}
+    kernel = kernels.get("sum_parts.cu", "sum_parts", constants)
+    return kernel.prepare(-(-size * shares // 256), 256, unused | {"count": count, "size": size})
+
+
+def backward(args, dy, dfinal_state):
+    """Gradients of a causal convolution.
+
+    Parameters
+    ----------
+    args : checks_conv.ConvArguments
+        The forward call's.
+    dy, dfinal_state : array
+        Gradients of y and, or None, of final_state.
+
+    Returns
+    -------
+    CausalConv1dGrads
+    """
+    xp, args, dfinal_state = args.xp, _whole(args), _in_elements(dfinal_state)
+    shape = (args.batch, args.dim, args.width - 1)
+    dinitial_state = None if args.initial_state is None else xp.empty(shape, args.x.dtype)
+    if args.x.size == 0:
+        if dinitial_state is not None:
+            dinitial_state[...] = 0 if dfinal_state is None else dfinal_state
+        zeros = [None if x is None else xp.zeros(x.shape, x.dtype) for x in (args.x, args.weight, args.bias)]
+        return CausalConv1dGrads(*zeros, dinitial_state)
+    given = {
+        "weight": args.weight, "bias": args.bias, "initial_state": args.initial_state, "dfinal_state": dfinal_state,
+        "dinitial_state": dinitial_state,
+    }  # fmt: skip
+    rows, real = args.width + (args.bias is not None), arrays.compute_dtype(args.x.dtype)
+    if args.width > WIDEST:
+        dx, parts, launch_sum = _wide_backward(args, dy, dfinal_state, given)
+    else:
+        axis, copied, count, launch, launch_sum = _planned(_plan_backward, args, dy, dfinal_state)
+        tensors = {"x": args.x, "dy": dy}
+        given |= {name: _in_order(x, axis) if name in copied else x for name, x in tensors.items()}
+        dx = _empty(xp, args.x.shape, args.x.dtype, axis)
+        parts = xp.empty((count, rows, args.dim), real)
+        launch(given | {"dx": dx, "parts": parts})
+    sums = xp.empty((rows, args.dim), args.weight.dtype)
+    launch_sum({"parts": parts, "out": sums})
+    dweight = xp.ascontiguousarray(sums[: args.width].T)  # (width, dim) -> (dim, width)
+    return CausalConv1dGrads(dx, dweight, None if args.bias is None else sums[args.width], dinitial_state)
+
+
+# ---------------------------------------------------------------------------------------------------- any width
+STEPS_OF_A_SUM = 1024
+"""Steps in a part of a wide filter's gradient."""
+
+
+def _wide(args, x, dy=None, dfinal_state=None):
+    """What prepares a launch of a kernel of causal_conv1d_wide.cu, given its name and how many threads it wants; and the axis
+    along which those are neighbours."""
+    axis = _axis(x)
+    constants = {
+        "X_T": kernels.C_TYPES[x.dtype.name],
+        "W_T": kernels.C_TYPES[args.weight.dtype.name],
+        "DY_T": kernels.C_TYPES[(x if dy is None else dy).dtype.name],
+        "SILU": int(args.silu),
+        "REVERSE": int(args.reverse),
+        "TIME_FAST": int(axis == 2),
+    }
+    numbers = {"batch": args.batch, "dim": args.dim, "length": args.length, "width": args.width, "steps": STEPS_OF_A_SUM}
+    numbers |= {"splits": -(-args.length // STEPS_OF_A_SUM), "y_batch": args.dim * args.length}
+    numbers |= {"y_dim": args.length if axis == 2 else 1, "y_time": 1 if axis == 2 else args.dim}
+    numbers |= _strides(x, x_batch=0, x_dim=1, x_time=2) | _strides(dy, dy_batch=0, dy_dim=1, dy_time=2)
+    numbers |= _parameters(args) | _strides(dfinal_state, dfinal_batch=0, dfinal_dim=1, dfinal_tap=2)
+
+    def prepare(name, threads):
+        return kernels.get("causal_conv1d_wide.cu", name, constants).prepare(-(-threads // THREADS), THREADS, numbers)
+
+    return axis, numbers["splits"], prepare
+
+
+_NONE = dict.fromkeys(("dy", "dfinal_state", "y", "dx", "dinitial_state", "dp", "parts"))
+
+
+def _wide_forward(args):
+    xp, x = args.xp, _in_elements(args.x)
+    axis, _, prepare = _wide(args, x)
+    y = _empty(xp, x.shape, x.dtype, axis)
+    if x.size:
+        given = {"x": x, "weight": args.weight, "bias": args.bias, "initial_state": args.initial_state, "y": y}
+        prepare("causal_conv1d_wide", x.size)(_NONE | given)
+    return y
+
+
+def _wide_backward(args, dy, dfinal_state, given):
+    """dx, the parts of dweight and dbias, and the launch that adds them up."""
+    xp, x, dy = args.xp, _in_elements(args.x), _in_elements(dy)
+    axis, splits, prepare = _wide(args, x, dy, dfinal_state)
+    real, rows = arrays.compute_dtype(x.dtype), args.width + (args.bias is not None)
+    dx, dp = _empty(xp, x.shape, x.dtype, axis), _empty(xp, x.shape, real, axis)
+    parts = xp.empty((args.batch * splits, rows, args.dim), real)
+    given = _NONE | given | {"x": x, "dy": dy, "dx": dx, "dp": dp, "parts": parts}
+    prepare("wide_dp", x.size)(given)
+    prepare("wide_de", args.batch * args.dim * (args.length + args.width - 1))(given)
+    prepare("wide_dw", parts.size)(given)
+    return dx, parts, _sum(args, args.batch * splits)
+
+
+# ---------------------------------------------------------------------------------------------------- one step
+def _plan_update(args, state, x, weight, bias):
+    silu, width = args
+    constants = {
+        "X_T": kernels.C_TYPES[x.dtype.name],
+        "W_T": kernels.C_TYPES[weight.dtype.name],
+        "SILU": int(silu),
+        "REVERSE": 0,
+        "WIDTH": width,
+    }
+    numbers = {"batch": x.shape[0], "dim": x.shape[1], **_strides(x, x_batch=0, x_dim=1), **_strides(bias, bias_dim=0)}
+    numbers |= _strides(state, state_batch=0, state_dim=1, state_tap=2) | _strides(weight, weight_dim=0, weight_tap=1)
+    kernel = kernels.get("causal_conv1d_update.cu", "causal_conv1d_update", constants)
+    return kernel.prepare(-(-x.size // THREADS), THREADS, numbers)
+
+
+def update(xp, state, x, weight, bias, silu, width):
+    """One step; `state` is shifted in place. Arguments have passed `checks_conv.causal_conv1d_update`."""
+    y = xp.empty(x.shape, x.dtype)
+    if x.size:
+        x, weight, bias, here = (_in_elements(a) for a in (x, weight, bias, state))
+        launch = _planned(_plan_update, (silu, width), here, x, weight, bias)
+        launch({"state": here, "x": x, "weight": weight, "bias": bias, "y": y})
+        if here is not state:
+            state[...] = here
+    return y

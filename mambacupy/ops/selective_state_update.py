@@ -1,0 +1,124 @@
+"""One step of the selective scan, in place: what decoding token by token runs.
+
+    h = exp(Δ·A)·h + Δ·B·x,    y = (Σ_n C·h + D·x)·silu(z)
+
+after "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (Gu & Dao, 2023), algorithm 2. NumPy arrays run
+`mambacupy.reference.state_update`; CuPy arrays run cuda_src/selective_state_update.cu.
+"""
+
+from mambacupy import arrays, checks_conv, kernels
+from mambacupy.ops.conv_kernels import THREADS, _in_elements, _planned
+from mambacupy.ops.mapping import power_of_two
+from mambacupy.ops.scan_kernels import _strides
+from mambacupy.reference import state_update as reference
+
+__all__ = ["selective_state_update"]
+
+
+def selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, *, dt_softplus=False):
+    """Take one step of `mambacupy.selective_scan` (Euler's form), and update the state in place.
+
+    Parameters
+    ----------
+    state : array (batch, dim, dstate)
+        State before the step, in A's dtype: an initial or last state of the scan. Overwritten; any strides.
+    x : array (batch, dim)
+        Input. float16, bfloat16, float32 or float64.
+    dt : array (batch, dim)
+        Step sizes before bias and softplus, in x's dtype.
+    A : array (dim, dstate)
+        Diagonal of the state matrix. float32 or complex64; float64 or complex128 with float64 `x`.
+    B, C : array (batch, dstate) or (batch, groups, dstate)
+        In any of x's dtypes; with a complex A, in A's. Channel d reads group `d // (dim // groups)`. A constant coefficient
+        (dim, dstate) of the scan is one of dim groups: `xp.broadcast_to(B, (batch, dim, dstate))`.
+    D, dt_bias : array (dim,), optional
+        Weight of the skip connection, and what is added to dt. float32; float64 with float64 `x`.
+    z : array (batch, dim), optional
+        Gate: the output is multiplied by silu(z). x's dtype.
+    dt_softplus : bool
+        Whether softplus, the scan's, is applied to dt + dt_bias.
+
+    Returns
+    -------
+    y : array (batch, dim)
+        In x's dtype, C-contiguous.
+
+    Raises
+    ------
+    TypeError
+        An argument is no NumPy or CuPy array, has a dtype that is not supported, or lives elsewhere than x.
+    ValueError
+        A shape does not fit; or state is read-only, or a broadcast view.
+
+    Notes
+    -----
+    CuPy arrays are updated on their device and the current stream, without synchronising. A scan and its steps one by one agree
+    to the rounding of the sum over states; results are bit-identical from run to run.
+    """
+    args = checks_conv.selective_state_update("selective_state_update", state, x, dt, A, B, C, D, z, dt_bias)
+    if args.xp.__name__ == "numpy":
+        return reference.selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus=dt_softplus)
+    with x.device:
+        return _on_gpu(args, bool(dt_softplus))
+
+
+_ARRAYS = ("state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias")
+
+
+def _on_gpu(args, dt_softplus):
+    y = args.xp.empty(args.x.shape, args.x.dtype)
+    if args.x.size == 0:
+        return y
+    given = {name: _in_elements(getattr(args, name)) for name in _ARRAYS}
+    _planned(_plan, args._replace(**given), dt_softplus)(given | {"y": y})
+    if given["state"] is not args.state:
+        args.state[...] = given["state"]
+    return y
+
+
+def _plan(args, dt_softplus):
+    reals = 2 if args.complex else 1
+    with_states = {"state": args.state, "A": args.A, "B": args.B, "C": args.C}
+    vector = 16 // args.A.itemsize
+    while vector > 1 and not (vector <= args.dstate and all(_fits(x, vector) for x in with_states.values())):
+        vector //= 2
+    lanes = min(32, power_of_two(-(-args.dstate // vector)))
+    constants = {
+        "U_T": kernels.C_TYPES[args.x.dtype.name],
+        "B_T": kernels.C_TYPES[arrays.real_of(args.B.dtype).name],
+        "C_T": kernels.C_TYPES[arrays.real_of(args.C.dtype).name],
+        "COMPLEX": int(args.complex),
+        "LANES": lanes,
+        "VECTOR": vector,
+    }
+    numbers = {
+        "batch": args.batch,
+        "dim": args.dim,
+        "dstate": args.dstate,
+        "span_of_B": args.dim // args.B.shape[1],
+        "span_of_C": args.dim // args.C.shape[1],
+        "dt_softplus": int(dt_softplus),
+        **_strides(args.x, x_batch=0, x_dim=1),
+        **_strides(args.dt, dt_batch=0, dt_dim=1),
+        **_strides(args.z, z_batch=0, z_dim=1),
+        **_strides(args.D, D_dim=0),
+        **_strides(args.dt_bias, bias_dim=0),
+    }
+    of_states = {
+        **_strides(args.state, state_batch=0, state_dim=1, state_n=2),
+        **_strides(args.A, A_dim=0, A_n=1),
+        **_strides(args.B, B_batch=0, B_group=1, B_n=2),
+        **_strides(args.C, C_batch=0, C_group=1, C_n=2),
+    }
+    numbers |= {name: stride * reals for name, stride in of_states.items()}
+    threads = args.batch * args.dim * lanes
+    kernel = kernels.get("selective_state_update.cu", "selective_state_update", constants)
+    return kernel.prepare(-(-threads // THREADS), THREADS, numbers)
+
+
+def _fits(x, vector):
+    """Whether `vector` neighbours along the last axis can be moved at once."""
+    outer = kernels.address(x)
+    for stride in x.strides[:-1]:
+        outer |= stride
+    return x.strides[-1] == x.itemsize and outer % (vector * x.itemsize) == 0
