@@ -6,7 +6,7 @@ import cupy as cp
 from mambacupy import selective_scan_bwd, selective_scan_fwd
 
 ROWS = ("base", "bfloat16", "complex-bfloat16", "channel-order-bfloat16", "groups-differ", "constant-BC", "zoh", "reverse",
-        "length-1", "length-65", "state-5", "state-300", "dim-7", "float64")  # fmt: skip
+        "length-1", "length-65", "state-5", "state-32-channel-order-bfloat16", "state-300", "dim-7", "float64")  # fmt: skip
 
 
 def main():
