@@ -1,0 +1,177 @@
+"""Training: AdamW, clipping, a learning-rate schedule, and files from which training goes on bit for bit.
+
+Functions of nests of arrays (dicts, lists), as layers hold their parameters; NumPy or CuPy. Nothing is changed in place.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mambacupy import arrays
+from mambacupy.layers import map_params
+
+STRUCTURE = "structure.json"
+"""Member of a saved file that says how its arrays were nested."""
+
+
+class AdamWState(NamedTuple):
+    """Steps done, and the running means of gradients and of their squares, nested as the parameters."""
+
+    step: int
+    mean: Any
+    square: Any
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """Adam with decoupled weight decay: "Decoupled Weight Decay Regularization" (Loshchilov & Hutter, 2019), algorithm 2.
+
+        m = β1·m + (1 - β1)·g        v = β2·v + (1 - β2)·g²
+        p = p - rate·(m/(1 - β1^t)/(√(v/(1 - β2^t)) + eps) + decay·p)
+
+    Parameters
+    ----------
+    rate : float or callable
+        Learning rate, or a function of the step, which counts from 1.
+    betas, eps, decay : float
+        As above. Matrices decay; A_log, D, biases and the weights of norms do not.
+    """
+
+    rate: float | Callable[[int], float]
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    decay: float = 0.1
+
+    def init(self, params):
+        """State before the first step: zeros in float32 at least."""
+        zeros = map_params(lambda p: _namespace(p).zeros(p.shape, arrays.compute_dtype(p.dtype)), params)
+        return AdamWState(0, zeros, map_params(lambda p: p.copy(), zeros))
+
+    def update(self, params, grads, state):
+        """One step.
+
+        Returns
+        -------
+        params, state
+            In fresh memory; parameters in their dtypes.
+        """
+        step, (beta1, beta2) = state.step + 1, self.betas
+        rate = self.rate(step) if callable(self.rate) else self.rate
+        mean = map_params(lambda m, g: beta1 * m + (1 - beta1) * g.astype(m.dtype), state.mean, grads)
+        square = map_params(lambda v, g: beta2 * v + (1 - beta2) * g.astype(v.dtype) ** 2, state.square, grads)
+
+        def moved(p, m, v, decays):
+            wide = p.astype(m.dtype)
+            change = m / (1 - beta1**step) / (_namespace(v).sqrt(v / (1 - beta2**step)) + self.eps)
+            return (wide - rate * (change + self.decay * wide if decays else change)).astype(p.dtype)
+
+        return map_params(moved, params, mean, square, which_decay(params)), AdamWState(step, mean, square)
+
+
+def which_decay(params, name=""):
+    """A nest of booleans: True for matrices other than A_log."""
+    if isinstance(params, dict):
+        return {key: which_decay(value, key) for key, value in params.items()}
+    if isinstance(params, (list, tuple)):
+        return [which_decay(value, name) for value in params]
+    return params.ndim > 1 and name != "A_log"
+
+
+def clip_by_norm(grads, most):
+    """Scale gradients so that their norm, over all arrays together, is at most `most`.
+
+    Returns
+    -------
+    grads, norm
+        The norm before, a float32 (float64) array without axes, so that nothing waits for a GPU.
+    """
+    squares = []
+    map_params(lambda g: squares.append((g.astype(arrays.compute_dtype(g.dtype)) ** 2).sum()), grads)
+    norm = sum(squares) ** 0.5
+    scale = _namespace(norm).minimum(1, most / (norm + 1e-6))
+    return map_params(lambda g: (g * scale).astype(g.dtype), grads), norm
+
+
+def warmup_cosine(peak, warmup, total, floor=0.0):
+    """A schedule: linear from 0 to `peak` over `warmup` steps, then a half cosine to `floor` at step `total`, and flat."""
+    if not 0 <= warmup < total:
+        raise ValueError(f"warmup_cosine: warmup is {warmup}, wanted at least 0 and less than total = {total}")
+
+    def rate(step):
+        if step < warmup:
+            return peak * step / warmup
+        part = min(1.0, (step - warmup) / (total - warmup))
+        return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * part))
+
+    return rate
+
+
+# ---------------------------------------------------------------------------------------------------- files
+def save(path, tree, **facts):
+    """Write a nest of arrays and plain facts, complete or not at all.
+
+    Parameters
+    ----------
+    path : path
+        An `.npz` file; one that exists is replaced once the new one is complete.
+    tree : nest
+        For example `{"params": params, "optimizer": state}`. NamedTuples come back as tuples of their fields.
+    **facts
+        What JSON can hold: a step, the state of a random generator (`rng.bit_generator.state`).
+    """
+    path, found = Path(path), {}
+    structure = {"tree": _flatten(tree, "", found), "facts": facts}
+    found[STRUCTURE] = np.frombuffer(json.dumps(structure).encode(), np.uint8)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(file, **found)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path):
+    """What `save` wrote: (tree, facts), as NumPy arrays of the same bits."""
+    with np.load(path, allow_pickle=False) as found:
+        if STRUCTURE not in found:
+            raise ValueError(f"{path}: has no {STRUCTURE}, wanted a file that mambacupy.optim.save wrote")
+        structure = json.loads(found[STRUCTURE].tobytes())
+        return _nested(structure["tree"], found), structure["facts"]
+
+
+def _flatten(tree, place, found):
+    """What JSON says of a nest; its arrays go into `found` under their places."""
+    if isinstance(tree, dict):
+        return {"dict": {key: _flatten(value, f"{place}/{key}", found) for key, value in tree.items()}}
+    if isinstance(tree, (list, tuple)):
+        return {"list": [_flatten(value, f"{place}/{i}", found) for i, value in enumerate(tree)]}
+    if not hasattr(tree, "dtype"):
+        return {"value": tree}
+    x = np.ascontiguousarray(tree.get() if hasattr(tree, "get") else tree)
+    found[place] = x.view(np.uint16) if x.dtype == arrays.BFLOAT16 else x
+    return {"array": place, "dtype": arrays.dtype_name(x.dtype), "shape": list(tree.shape)}
+
+
+def _nested(structure, found):
+    if "dict" in structure:
+        return {key: _nested(value, found) for key, value in structure["dict"].items()}
+    if "list" in structure:
+        return [_nested(value, found) for value in structure["list"]]
+    if "value" in structure:
+        return structure["value"]
+    x = found[structure["array"]]
+    x = x.view(arrays.BFLOAT16) if structure["dtype"] == "bfloat16" else x
+    return x.reshape(structure["shape"])
+
+
+def _namespace(x):
+    return arrays.library_of("optim", "parameter", x) if getattr(x, "ndim", 0) else np
