@@ -460,7 +460,7 @@ class MambaMixer:
         _check_params("MambaMixer", params, self.shapes | self._norm_shapes(params))
         _check_input("MambaMixer", x, self.d_model, "batch, length")
         if state is not None:
-            self._check_state(state, x)
+            self.check_state(state, x, x.shape[0], x.dtype)
         before = state.copy() if save and state is not None else state  # the gradient needs it as it came
 
         xz = _linear(params["in_proj"], x)
@@ -572,16 +572,18 @@ class MambaMixer:
         sizes = dict(zip(_NORMS, (self.rank, self.d_state, self.d_state), strict=True))
         return {key: {"weight": (size,)} for key, size in sizes.items() if key in params}
 
-    def _check_state(self, state, x):
-        numbers = arrays.compute_dtype(x.dtype)
+    def check_state(self, state, x, batch, dtype):
+        """Complain unless `state` is one for so many rows of a dtype, and lives where x does."""
+        if not isinstance(state, State):
+            raise TypeError(f"MambaMixer: state is of type {type(state).__qualname__}, wanted State(conv, ssm)")
         wanted = State((self.d_inner, self.d_conv - 1), (self.d_inner, self.d_state))
         arrays.namespace("MambaMixer", x=x, **{"state.conv": state.conv, "state.ssm": state.ssm})
-        for name, dtype in (("conv", x.dtype), ("ssm", numbers)):
-            array, shape = getattr(state, name), (x.shape[0], *getattr(wanted, name))
+        for name, number in (("conv", dtype), ("ssm", arrays.compute_dtype(dtype))):
+            array, shape = getattr(state, name), (batch, *getattr(wanted, name))
             if array.shape != shape:
                 raise ValueError(f"MambaMixer: state.{name} has shape {array.shape}, wanted {shape}")
-            if array.dtype != dtype:
-                names = arrays.dtype_name(array.dtype), arrays.dtype_name(dtype), arrays.dtype_name(x.dtype)
+            if array.dtype != number:
+                names = arrays.dtype_name(array.dtype), arrays.dtype_name(number), arrays.dtype_name(dtype)
                 raise TypeError("MambaMixer: state.{} is {}, wanted {} because x is {}".format(name, *names))
 
 
@@ -651,7 +653,8 @@ class Block:
     def __call__(self, params, x, state=None, lengths=None):
         """`((hidden, residual), backprop)`; `backprop((dhidden, dresidual)) -> (dx, grads)`. state, lengths: as the mixer's."""
         normed, residual, norm_backward = self._add(params, x)
-        hidden, mixer_backward = self.mixer(params["mixer"], normed, state, lengths)
+        given = () if state is None else (state, lengths)  # lengths mean nothing then, and the mixer may know neither
+        hidden, mixer_backward = self.mixer(params["mixer"], normed, *given)
 
         def backprop(dy):
             dhidden, dresidual = dy

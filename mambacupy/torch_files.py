@@ -138,6 +138,8 @@ def _tensor(content, storages, arguments):
     begin, size = storages[key]
     if count * dtype.itemsize > size:
         raise ValueError(f"cut short: storage {shown(key)} has {size} bytes, wanted {shown(count * dtype.itemsize)}")
+    if math.prod(shape) > count:
+        raise ValueError(f"a tensor of size {shown(shape)} on storage {shown(key)}, which has {count} elements")
     if math.prod(shape):
         last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
         if last >= count:

@@ -53,6 +53,15 @@ template <typename T> T __shfl_xor_sync(unsigned, T x, int step) {
     return there;
 }
 
+template <typename T> T __shfl_down_sync(unsigned, T x, int step) {
+    const int here = current;
+    exchanged[here] = x;
+    __syncwarp();
+    T there = here % 32 + step < 32 ? (T)exchanged[here + step] : x;
+    __syncwarp();
+    return there;
+}
+
 template <typename To, typename From> To same_bits(From x) {
     To y;
     memcpy(&y, &x, sizeof y);
@@ -66,3 +75,5 @@ static double __hiloint2double(int high, int low) {
 static int __double2loint(double x) { return (int)same_bits<unsigned long long>(x); }
 static int __double2hiint(double x) { return (int)(same_bits<unsigned long long>(x) >> 32); }
 static long long min(long long a, long long b) { return a < b ? a : b; }
+template <typename T> T max(T a, T b) { return a > b ? a : b; }
+static double __longlong_as_double(long long x) { return same_bits<double>(x); }

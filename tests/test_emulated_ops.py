@@ -7,9 +7,11 @@ import emulator
 import numpy as np
 import pytest
 
-from mambacupy import checks_conv
-from mambacupy.ops import conv_kernels
-from mambacupy.reference import conv
+from mambacupy import checks_conv, checks_dense
+from mambacupy.ops import conv_kernels, linear, loss, norm, rows, selective_state_update
+from mambacupy.reference import conv, state_update
+from mambacupy.reference import loss as reference_loss
+from mambacupy.reference import norm as reference_norm
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
 
@@ -31,8 +33,34 @@ ROWS = {
 }
 
 
+@pytest.fixture
+def memory(monkeypatch):
+    emulator.install(monkeypatch)
+    monkeypatch.setattr(conv_kernels, "_plans", {})
+    rows._prepared.cache_clear()
+    yield emulator.Memory()
+    rows._prepared.cache_clear()
+
+
+@pytest.fixture
+def normal(memory):
+    """Random arrays that are aligned as CuPy's are."""
+    rng = np.random.default_rng(0)
+
+    def make(*shape, dtype):
+        x = memory.empty(shape, np.dtype(dtype))
+        x[...] = rng.standard_normal(shape) + (1j * rng.standard_normal(shape) if x.dtype.kind == "c" else 0)
+        return x
+
+    return make
+
+
+def wide(x):
+    return None if x is None else x.astype(np.complex128 if x.dtype.kind == "c" else np.float64)
+
+
 @pytest.mark.parametrize("row", ROWS)
-def test_convolution(monkeypatch, row):
+def test_convolution(memory, row):
     case = BASE | ROWS[row]
     rng = np.random.default_rng(0)
     dtype, shape = cases.DTYPES[case["dtype"]], (2, case["dim"], case["length"])
@@ -42,10 +70,8 @@ def test_convolution(monkeypatch, row):
     weight, bias = rng.standard_normal((case["dim"], case["width"])).astype(wide), rng.standard_normal(case["dim"]).astype(wide)
     first, dlast = (rng.standard_normal((2, case["dim"], case["width"] - 1)).astype(dtype) for _ in range(2))
 
-    emulator.install(monkeypatch)
-    monkeypatch.setattr(conv_kernels, "_plans", {})
     args = checks_conv.causal_conv1d("test", x, weight, bias, case["activation"], first, case["reverse"])
-    args = args._replace(xp=emulator.Memory())
+    args = args._replace(xp=memory)
     y, last = conv_kernels.forward(args, True)
     grads = conv_kernels.backward(args, dy, dlast)
 
@@ -57,3 +83,101 @@ def test_convolution(monkeypatch, row):
     assert np.array_equal(last.astype(np.float64), wanted_last)
     for name, one, two in zip(grads._fields, grads, wanted_grads, strict=True):
         assert cases.relative_error(one, two) <= TOLERANCE[one.dtype.name], name
+
+
+@pytest.mark.parametrize("width", [1, 4, 8, 20])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_convolution_of_one_token(memory, normal, width, dtype):
+    state, x = normal(3, 7, width - 1, dtype=cases.DTYPES[dtype]), normal(3, 7, dtype=cases.DTYPES[dtype])
+    weight, bias, after = normal(7, width, dtype="f4"), normal(7, dtype="f4"), wide(state)
+    wanted = conv.causal_conv1d_update(after, wide(x), wide(weight), wide(bias), activation="silu")
+    y = conv_kernels.update(memory, state, x, weight, bias, True, width)
+    assert cases.relative_error(y, wanted) <= TOLERANCE[dtype]
+    assert np.array_equal(wide(state), after)
+
+
+@pytest.mark.parametrize("state_size", [1, 6, 16, 130])
+@pytest.mark.parametrize(("dtype", "A_dtype"), [("bfloat16", "f4"), ("float32", "c8"), ("float64", "f8")])
+@pytest.mark.parametrize("groups", [(), (2,)])
+def test_state_update(memory, normal, state_size, dtype, A_dtype, groups):
+    element, A_dtype = cases.DTYPES[dtype], np.dtype(A_dtype)
+    state, A = normal(3, 10, state_size, dtype=A_dtype), normal(10, state_size, dtype=A_dtype)
+    A.real[...] = -abs(A.real)
+    x, dt, z = (normal(3, 10, dtype=element) for _ in range(3))
+    B, C = (normal(3, *groups, state_size, dtype=A_dtype if A_dtype.kind == "c" else element) for _ in range(2))
+    D, bias = (normal(10, dtype=A.real.dtype) for _ in range(2))
+    given, after = (x, dt, A, B, C, D, z, bias), wide(state)
+    wanted = state_update.selective_state_update(after, *map(wide, given), dt_softplus=True)
+    args = checks_conv.selective_state_update("test", state, *given)._replace(xp=memory)
+    y = selective_state_update._on_gpu(args, True)
+    assert cases.relative_error(y, wanted) <= TOLERANCE[dtype]
+    assert cases.relative_error(state, after) <= TOLERANCE["float64" if dtype == "float64" else "float32"]
+
+
+@pytest.mark.parametrize("dim", [1, 24, 769, 5000])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("centred", [False, True], ids=["rms", "layer"])
+def test_norm(memory, normal, dim, dtype, centred):
+    if centred and dim == 1:
+        pytest.skip("one number is its own mean")
+    x, dy = (normal(2, 5, dim, dtype=cases.DTYPES[dtype]) for _ in range(2))
+    residual, dtotal = (normal(2, 5, dim, dtype="f4") for _ in range(2))
+    weight, bias = normal(dim, dtype="f4"), normal(dim, dtype="f4") if centred else None
+    args = checks_dense.norm("test", x, weight, bias, residual, 1e-5, None)._replace(xp=memory)
+    y, total, mean, rstd = norm._forward(args, 1e-5, centred)
+    if centred:
+        saved = norm.LayerNormSaved(total, weight, bias, mean, rstd, x.dtype, residual.dtype)
+        forward, backward = reference_norm.layer_norm_fwd, reference_norm.layer_norm_bwd
+        wanted, wanted_total, kept = forward(wide(x), wide(weight), wide(bias), wide(residual))
+    else:
+        saved = norm.RMSNormSaved(total, weight, rstd, x.dtype, residual.dtype)
+        forward, backward = reference_norm.rms_norm_fwd, reference_norm.rms_norm_bwd
+        wanted, wanted_total, kept = forward(wide(x), wide(weight), wide(residual))
+    dx, dresidual, dweight, dbias = norm._backward(memory, saved, mean, bias, dy, dtotal)
+    grads = backward(wide(dy), kept, wide(dtotal))
+    assert cases.relative_error(y, wanted) <= TOLERANCE[dtype]
+    assert cases.relative_error(total, wanted_total) <= 1e-7
+    assert cases.relative_error(dx, grads.x) <= TOLERANCE[dtype]
+    assert cases.relative_error(dresidual, grads.residual) <= TOLERANCE["float32"]
+    assert cases.relative_error(dweight, grads.weight) <= TOLERANCE["float32"]
+    assert not centred or cases.relative_error(dbias, grads.bias) <= TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize("vocabulary", [1, 11, 2056, 5001])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_cross_entropy(memory, normal, vocabulary, dtype):
+    logits = normal(2, 5, vocabulary, dtype=cases.DTYPES[dtype])[:, :-1]  # rows of a batch entry lie apart
+    targets = np.random.default_rng(1).integers(0, vocabulary, (2, 4))
+    targets[0, 1] = -1
+    rows_kept = {name: memory.empty((8,), "f4") for name in ("maximum", "total", "losses")}
+    found, count, dloss = np.zeros((), "f4"), np.zeros((), "f4"), np.array(1.5, "f4")
+    given = rows_kept | {"dloss": None, "dlogits": None, "loss": found, "count": count}
+    loss._launch(memory, "cross_entropy_fwd", logits, targets, -1, given)
+    loss._launch(memory, "cross_entropy_mean", logits, targets, -1, given)
+    wanted, kept = reference_loss.softmax_cross_entropy_fwd(wide(logits), targets)
+    assert found == pytest.approx(wanted, rel=1e-5, abs=1e-6)
+    dlogits = memory.empty(logits.shape, logits.dtype)
+    given |= {"losses": None, "loss": None, "dloss": dloss, "dlogits": dlogits}
+    loss._launch(memory, "cross_entropy_bwd", logits, targets, -1, given)
+    wanted = reference_loss.softmax_cross_entropy_bwd(np.float64(1.5), kept).logits
+    assert cases.relative_error(dlogits, wanted) <= 2 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dim", [1, 24])
+@pytest.mark.parametrize(("dtype", "dy_dtype"), [("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32")])
+@pytest.mark.parametrize("distinct", [2, 50])
+def test_embedding(memory, normal, dim, dtype, dy_dtype, distinct):
+    weight = normal(50, dim, dtype=cases.DTYPES[dtype])
+    tokens = np.random.default_rng(2).integers(0, distinct, (3, 47))
+    y = memory.empty((3, 47, dim), weight.dtype)
+    linear._embedding_forward(memory, tokens, weight, y)
+    assert np.array_equal(y, weight[tokens])
+    dy, dweight, wanted = (
+        normal(3, 47, dim, dtype=cases.DTYPES[dy_dtype]),
+        np.zeros(weight.shape, weight.dtype),
+        np.zeros((50, dim)),
+    )
+    linear._embedding_backward(memory, dy, linear.EmbeddingSaved(tokens, 50, dim, weight.dtype), dweight)
+    wanted = np.zeros(weight.shape)
+    np.add.at(wanted, tokens, wide(dy))
+    assert cases.relative_error(dweight, wanted) <= TOLERANCE[dtype]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from test_layers import bytes_kept, check, flat, naive_mixer, normal, without
 
-from mambacupy.layers import MambaMixer, State, map_params
+from mambacupy.layers import Block, Linear, MambaMixer, RMSNorm, Serial, State, map_params
 from mambacupy.models import MambaConfig, MambaLM
 from mambacupy.ops.loss import softmax_cross_entropy_bwd, softmax_cross_entropy_fwd
 
@@ -410,3 +410,33 @@ def test_model_refuses():
         MambaLM(MambaConfig(**SIZES), "bf16")
     with pytest.raises(TypeError, match="MambaLM: config is of type dict, wanted a MambaConfig"):
         MambaLM(SIZES)
+
+
+def test_a_bad_state_changes_none():
+    model = MambaLM(MambaConfig(d_model=16, n_layer=2, vocab_size=40))
+    params = model.init(np.random.default_rng(0))
+    good, bad = model.init_state(params, 2), model.init_state(params, 1)
+    with pytest.raises(ValueError, match=r"state.conv has shape \(1, 32, 3\), wanted \(2, 32, 3\)"):
+        model.advance(params, np.ones((2, 4), int), (good[0], bad[1]))
+    with pytest.raises(TypeError, match=r"state is of type tuple, wanted State\(conv, ssm\)"):
+        model.advance(params, np.ones((2, 4), int), [(s.conv, s.ssm) for s in good])
+    assert not any(x.any() for s in good for x in s)
+
+
+def test_the_last_logits_of_an_empty_text():
+    model = MambaLM(MambaConfig(d_model=16, n_layer=1, vocab_size=40))
+    params = model.init(np.random.default_rng(0))
+    for mask in (None, np.ones((2, 0), bool)):
+        logits = model.advance(params, np.ones((2, 0), int), mask=mask, last_only=True)
+        assert logits.shape == (2, 1, 40) and not logits.any()
+    with pytest.raises(ValueError, match=r"mask has shape \(2, 3\), wanted \(2, 0\)"):
+        model.advance(params, np.ones((2, 0), int), mask=np.ones((2, 3), bool))
+
+
+def test_a_block_takes_any_layer():
+    net = Serial((Linear(1, 8), Block(RMSNorm(8), Linear(8, 8)), RMSNorm(8)))
+    rng = np.random.default_rng(0)
+    params = net.init(rng)
+    y, backprop = net(params, rng.standard_normal((2, 5, 1), dtype=np.float32))
+    dx, grads = backprop(np.ones_like(y))
+    assert y.shape == (2, 5, 8) and dx.shape == (2, 5, 1) and len(grads) == len(params)

@@ -113,11 +113,11 @@ class MambaLM:
         config, params = weights.load(folder, **options)
         return cls(config, dtype, checkpoint), params
 
-    def save_pretrained(self, params, folder):
+    def save_pretrained(self, params, folder, *, force=False):
         """Write a checkpoint that `from_pretrained` reads: `mambacupy.weights.save`."""
         from mambacupy import weights
 
-        weights.save(self.config, params, folder)
+        weights.save(self.config, params, folder, force=force)
 
     # ------------------------------------------------------------------------------------------------ the model
     def __call__(self, params, tokens, state=None, mask=None):
@@ -228,7 +228,7 @@ class MambaLM:
 
     def _check(self, params, tokens, state, mask):
         """Where tokens stood before the padding went behind them, and how many each row has (both None without a mask); the
-        tokens in that order; the state, checked as far as blocks do not."""
+        tokens in that order; the state."""
         weight = self._check_params(params)
         xp = arrays.namespace("MambaLM", tokens=tokens, mask=mask, **{"params['embedding']['weight']": weight})
         if tokens.dtype.kind not in "iu":
@@ -239,12 +239,16 @@ class MambaLM:
         if state is not None and (not isinstance(state, (tuple, list)) or len(state) != self.config.n_layer):
             came = f"{len(state)} entries" if isinstance(state, (tuple, list)) else f"type {type(state).__qualname__}"
             raise ValueError(f"MambaLM: state has {came}, wanted a tuple of {self.config.n_layer}, as init_state gives")
-        if mask is None or not tokens.shape[1]:
+        for part in state or ():  # all of them before a block writes to its own
+            self.block.mixer.check_state(part, weight, len(tokens), self._dtype(weight))
+        if mask is None:
             return None, None, tokens, state or None
         if mask.dtype != bool:
             raise TypeError(f"MambaLM: mask is {arrays.dtype_name(mask.dtype)}, wanted bool; write mask.astype(bool)")
         if mask.shape != tokens.shape:
             raise ValueError(f"MambaLM: mask has shape {mask.shape}, wanted {tokens.shape}, the shape of tokens")
+        if not tokens.shape[1]:
+            return None, None, tokens, state or None
         places = _Places(xp, mask)
         return places, mask.sum(axis=1), places.put(tokens), state or None
 
@@ -278,8 +282,8 @@ class _Places:
 
 
 def _last(x):
-    """(batch, length, d_model) -> (batch, 1, d_model)"""
-    return x[:, -1:]
+    """(batch, length, d_model) -> (batch, 1, d_model), 0 of none"""
+    return x[:, -1:] if x.shape[1] else arrays.namespace("MambaLM", x=x).zeros((x.shape[0], 1, x.shape[2]), x.dtype)
 
 
 def _last_of(x, lengths):

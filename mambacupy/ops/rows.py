@@ -26,7 +26,7 @@ def row_stride(x):
 def as_rows(xp, x):
     """x, or a contiguous copy where need be, and its `row_stride`."""
     stride = row_stride(x)
-    return (x, stride) if stride is not None else (xp.ascontiguousarray(x), x.shape[-1])
+    return (x, stride) if stride is not None and not kernels.address(x) % x.itemsize else (x.copy(), x.shape[-1])
 
 
 def widest_access(dim, *tensors):
