@@ -90,7 +90,8 @@ def test_compiles_for_every_architecture_without_spills(file, constants, request
             assert max(spills) <= SPILLS.get(file, 0), f"sm_{architecture} spills"
 
 
-# The backward kernel fills all 255 registers; addresses that its outer loop needs may lie in local memory meanwhile.
+# Bytes. The backward kernel fills all 255 registers and spills a few on some architectures, partly in its inner loop on 7.5 and
+# 8.0: a shortfall against none, which the forward kernel keeps.
 SPILLS = {"selective_scan_bwd.cu": 160}
 
 

@@ -56,7 +56,7 @@ def test_parts_of_time(cp, changes):
 
 
 def test_a_long_sequence(cp):
-    arguments, options = cases.make(batch=1, dim=3, length=300_003, state=4, dtype="float64")
+    arguments, options = cases.make(batch=1, dim=3, length=1_000_003, state=4, dtype="float64")
     wanted, last = reference.selective_scan(**arguments, **options, return_last_state=True)
     y, got = selective_scan(**on_gpu(arguments), **options, return_last_state=True)
     assert cases.relative_error(cp.asnumpy(y), wanted) <= 1e-14

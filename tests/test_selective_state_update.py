@@ -5,7 +5,6 @@ import re
 import cases
 import numpy as np
 import pytest
-import scans
 import test_kernels
 
 from mambacupy import checks_conv, kernels, selective_scan
@@ -58,6 +57,12 @@ Y_TOLERANCE = {"float16": 4e-4, "bfloat16": 3e-3, "float32": 6e-7, "float64": 1e
 STATE_TOLERANCE = {"float16": 6e-7, "bfloat16": 6e-7, "float32": 6e-7, "float64": 1e-14, "complex": 2e-6}
 
 
+def tolerance(case, table):
+    """Of a table by dtype; complex float32 states have an entry of their own, 16-bit results do not need it."""
+    dtype = case["dtype"]
+    return max(table[dtype], table["complex"]) if case["complex"] and dtype != "float64" else table[dtype]
+
+
 @pytest.mark.parametrize("row", ROWS)
 def test_step_by_step_is_the_scan(row):
     arguments, options = make(**ROWS[row])
@@ -67,7 +72,7 @@ def test_step_by_step_is_the_scan(row):
     case = cases.BASE | ROWS[row]
     assert (y.dtype, state.dtype) == (wanted.dtype, last.dtype)
     assert cases.relative_error(state, last) <= 2e-7 * (1e-8 if case["dtype"] == "float64" else 1)
-    assert cases.relative_error(y, wanted.astype(np.float64)) <= scans.tolerance(case, Y_TOLERANCE)
+    assert cases.relative_error(y, wanted.astype(np.float64)) <= tolerance(case, Y_TOLERANCE)
 
 
 @pytest.mark.parametrize("x", [-100.0, -16.0, -8.0, 0.0, 19.99, 20.01, 50.0])
@@ -193,13 +198,13 @@ def test_row_on_a_gpu(row):
     (y, state), (again, again_state) = results
     assert (y.tobytes(), state.tobytes()) == (again.tobytes(), again_state.tobytes())
     case = cases.BASE | ROWS[row]
-    assert cases.relative_error(y, wanted) <= scans.tolerance(case, Y_TOLERANCE)
-    assert cases.relative_error(state, last) <= scans.tolerance(case, STATE_TOLERANCE)
+    assert cases.relative_error(y, wanted) <= tolerance(case, Y_TOLERANCE)
+    assert cases.relative_error(state, last) <= tolerance(case, STATE_TOLERANCE)
     scanned, scanned_last = selective_scan(
         **gpu, **options, return_last_state=True
     )  # the two kernels agree with each other too
-    assert cases.relative_error(y, scanned.get().astype(np.float64)) <= scans.tolerance(case, Y_TOLERANCE)
-    assert cases.relative_error(state, scanned_last.get()) <= scans.tolerance(case, STATE_TOLERANCE)
+    assert cases.relative_error(y, scanned.get().astype(np.float64)) <= tolerance(case, Y_TOLERANCE)
+    assert cases.relative_error(state, scanned_last.get()) <= tolerance(case, STATE_TOLERANCE)
 
 
 @pytest.mark.gpu
