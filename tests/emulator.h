@@ -18,6 +18,22 @@
 #define __restrict__
 #define __align__(bytes)
 
+// ex2.approx as an H200 computes it, as far as measurements tell: x is cut off to a multiple of 2^-23, a table and a parabola
+// add an error (here made up from the bits of x), and the result is cut off to 24 bits. Mean errors measured there and met here:
+// -0.5e-8 for x in (-0.004, 0), -2.6e-8 to -0.03, -2e-8 to -1, -5e-8 beyond; rms 3e-8 to 6e-8, at most 1.4e-7.
+static float exp2_of_hardware(float x) {
+    if (fabsf(x) < 1) x = truncf(x * 8388608.0f) / 8388608.0f;
+    if (x == 0) return 1.0f;
+    unsigned bits;
+    memcpy(&bits, &x, 4);
+    bits = (bits ^ bits >> 15) * 0x2c1b3c6du;
+    bits = (bits ^ bits >> 12) * 0x297a2d39u;
+    const double mean = x < -1 ? -1e-8 : x < -0.03f ? -2.2e-8 : x < -0.004f ? -3.6e-8 : -1.5e-8;
+    const double y = exp2((double)x) * (1 + mean + ((bits >> 8) * 0x1p-24 - 0.5) * 6e-8);
+    const float rounded = (float)y;
+    return rounded > y ? nextafterf(rounded, 0.0f) : rounded;
+}
+
 struct Index { unsigned x; };
 static Index threadIdx, blockIdx;
 
