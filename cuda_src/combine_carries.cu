@@ -3,8 +3,9 @@
 //   forward    enters_{s+1} = local_s + exp(A·Σ_s Δ)·enters_s,               enters_first = initial_state or 0
 //   backward   enters_{s-1} = local_s + conj(exp(A·Σ_s Δ))·enters_s,         enters_last = dlast_state or 0
 //
-// Idea: one thread a state, part by part; the decay over a whole part is one exponential of its summed steps. In place:
-// `carries` holds what each part hands on when nothing enters it, and receives what enters it.
+// Idea: one thread a state, part by part; the decay over a whole part is one exponential of its summed steps. Only the chain has
+// to wait for the part before it: what it chains is read and computed AHEAD parts at a time. In place: `carries` holds what each
+// part hands on when nothing enters it, and receives what enters it.
 //
 // Compile-time: BACKWARD, and the types STATE_T and REAL.
 #include "common.cuh"
@@ -17,6 +18,8 @@ struct Params {
     long long A_dim, A_state, enters_batch, enters_dim, enters_state, first_block;
 };
 
+constexpr int AHEAD = 8;
+
 extern "C" __global__ void __launch_bounds__(256) combine_carries(const Params p) {
     long long index = (p.first_block + blockIdx.x) * 256 + threadIdx.x;
     if (index >= p.batch * p.dim * p.state) return;
@@ -24,12 +27,25 @@ extern "C" __global__ void __launch_bounds__(256) combine_carries(const Params p
     const STATE_T rate = rate_of(p.A[c * p.A_dim + n * p.A_state]);
     STATE_T enters = {};
     if (p.enters) enters = p.enters[b * p.enters_batch + c * p.enters_dim + n * p.enters_state];
-    for (long long i = 0; i < p.splits; ++i) {
-        const long long split = b * p.splits + (BACKWARD ? p.splits - 1 - i : i);
-        STATE_T& here = p.carries[(split * p.dim + c) * p.state_total + n];
-        STATE_T local = here, whole = decay(p.totals[split * p.dim + c], rate);
-        here = enters;
-        // Nothing stays nothing, however much a whole part would have made of it.
-        enters = is_zero(enters) ? local : multiply_add(BACKWARD ? conj(whole) : whole, enters, local);
+    for (long long first = 0; first < p.splits; first += AHEAD) {
+        STATE_T local[AHEAD] = {}, whole[AHEAD];
+        REAL total[AHEAD] = {};
+        auto split = [&](int i) { return b * p.splits + (BACKWARD ? p.splits - 1 - (first + i) : first + i); };
+        auto carry = [&](int i) -> STATE_T& { return p.carries[(split(i) * p.dim + c) * p.state_total + n]; };
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
+            if (first + i >= p.splits) continue;
+            local[i] = carry(i);
+            total[i] = p.totals[split(i) * p.dim + c];
+        }
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) whole[i] = decay(total[i], rate);
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
+            if (first + i >= p.splits) break;
+            carry(i) = enters;
+            // Nothing stays nothing, however much a whole part would have made of it.
+            enters = is_zero(enters) ? local[i] : multiply_add(BACKWARD ? conj(whole[i]) : whole[i], enters, local[i]);
+        }
     }
 }

@@ -127,3 +127,8 @@ def _namespace_of_each(operation, named):
                 f"`with cupy.cuda.Device({min(by_device)}): x = cupy.asarray(x)` moves x"
             )
     return libraries[next(iter(named))]
+
+
+def choose(xp, mask, x, y):
+    """`xp.where(mask, x, y)` in y's dtype. CuPy's own makes float32 of bfloat16."""
+    return xp.where(mask, xp.asarray(x, y.dtype), y).astype(y.dtype, copy=False)

@@ -33,6 +33,7 @@ _HF_FIELDS = {
     "tie_word_embeddings": "tie_embeddings",
     "mixer_rms_eps": "bc_dt_norm_eps",
 }
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _HF_MODELS = {"mamba": "MambaForCausalLM", "falcon_mamba": "FalconMambaForCausalLM"}
 
 
@@ -65,6 +66,7 @@ def from_json(path, found, has_bias, has_inner_norms):
         fields = _fields_of_original(path, found)
     else:
         raise ValueError(f"{path}: has neither hidden_size (-hf) nor d_model (original), wanted the config of a Mamba model")
+    fields |= {name: _token(found[name]) for name in _TOKENS if name in found}
     fields["bc_dt_norm"] = model == "falcon_mamba" or has_inner_norms
     missing = [name for name in ("d_model", "n_layer", "vocab_size") if name not in fields]
     if missing:
@@ -105,6 +107,7 @@ def _fields_of_hf(path, found, has_bias):
         raise ValueError(f"{path}: hidden_act is {shown(activation)}, wanted silu")
     fields = {field: found[name] for name, field in _HF_FIELDS.items() if name in found}
     fields.setdefault("bias", has_bias)
+    fields |= dict.fromkeys(_TOKENS, 0)  # where transformers leaves them out
     if "vocab_size" in found:
         fields |= _vocabulary(path, found)
     d_model, d_inner = found["hidden_size"], found.get("intermediate_size")
@@ -118,6 +121,11 @@ def _fields_of_hf(path, found, has_bias):
     if is_size(d_model) and fields.get("dt_rank") == math.ceil(d_model / 16):
         fields["dt_rank"] = "auto"
     return fields
+
+
+def _token(value):
+    """A token, or several: JSON has no tuples."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _vocabulary(path, found):
@@ -154,11 +162,12 @@ def to_json(config, dtype):
     if not config.rms_norm:
         if config.bc_dt_norm:
             raise ValueError("config: LayerNorm together with norms on dt, B and C is in no checkpoint format")
-        found = {name: getattr(config, name) for name in _ORIGINAL_FIELDS}
+        found = {name: getattr(config, name) for name in (*_ORIGINAL_FIELDS, *_TOKENS)}
         found |= {"fused_add_norm": True, "norm_epsilon": config.norm_eps}
         return found | {"ssm_cfg": {name: getattr(config, name) for name in _ORIGINAL_SSM_FIELDS}}
     model = "falcon_mamba" if config.bc_dt_norm else "mamba"
     found = {"architectures": [_HF_MODELS[model]], "model_type": model, "dtype": dtype.name, "torch_dtype": dtype.name}
+    found |= {name: getattr(config, name) for name in _TOKENS}
     found |= {name: getattr(config, field) for name, field in _HF_FIELDS.items()}
     if not config.bc_dt_norm:
         del found["mixer_rms_eps"]

@@ -55,11 +55,7 @@ def selective_scan(operation, u, delta, A, B, C, D, z, delta_bias, initial_state
     TypeError, ValueError
         As `mambacupy.selective_scan` documents.
     """
-    if u is None or delta is None or A is None or B is None or C is None:
-        missing = [name for name, x in zip(("u", "delta", "A", "B", "C"), (u, delta, A, B, C), strict=True) if x is None]
-        raise TypeError(
-            f"{operation}: {missing[0]} is None, wanted an array; only D, z, delta_bias and initial_state may be left out"
-        )
+    _all_there(operation, "; only D, z, delta_bias and initial_state may be left out", u=u, delta=delta, A=A, B=B, C=C)
     xp = arrays.namespace(
         operation, u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, initial_state=initial_state
     )
@@ -67,8 +63,7 @@ def selective_scan(operation, u, delta, A, B, C, D, z, delta_bias, initial_state
         raise ValueError(f"{operation}: discretization is {discretization!r}, wanted 'euler' or 'zoh'")
 
     dtype = u.dtype
-    if dtype not in _RULES:
-        raise _wrong_dtype(operation, "u", u, _FLOATS, "")
+    _check_float(operation, "u", u)
     real, complex_of_real, varying = _RULES[dtype]
     shape = u.shape
     if len(shape) != 3:
@@ -137,11 +132,27 @@ def selective_scan_bwd(operation, saved, dy, dlast_state):
     dtype, (batch, dim, length) = u.dtype, u.shape
     if dy.shape != u.shape:
         raise _wrong_shape(operation, "dy", dy, {"batch": batch, "dim": dim, "length": length})
-    if dy.dtype != dtype and dy.dtype != arrays.compute_dtype(dtype):
-        wanted = tuple(dict.fromkeys((dtype, arrays.compute_dtype(dtype))))
-        raise _wrong_dtype(operation, "dy", dy, wanted, f" because u is {dtype_name(dtype)}")
+    _check_gradient_dtype(operation, "dy", dy, "u", dtype)
     if dlast_state is not None:
         _check_state(operation, "dlast_state", dlast_state, batch, dim, A)
+
+
+def _all_there(operation, hint="", /, **named):
+    for name, x in named.items():
+        if x is None:
+            raise TypeError(f"{operation}: {name} is None, wanted an array{hint}")
+
+
+def _check_float(operation, name, x):
+    if x.dtype not in _RULES:
+        raise _wrong_dtype(operation, name, x, _FLOATS, "")
+
+
+def _check_gradient_dtype(operation, name, x, other, dtype):
+    """A gradient has the dtype of what it is the gradient of, or that of its arithmetic."""
+    if x.dtype != dtype and x.dtype != arrays.compute_dtype(dtype):
+        wanted = tuple(dict.fromkeys((dtype, arrays.compute_dtype(dtype))))
+        raise _wrong_dtype(operation, name, x, wanted, f" because {other} is {dtype_name(dtype)}")
 
 
 def _check_state(operation, name, x, batch, dim, A):

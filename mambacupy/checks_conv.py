@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from mambacupy import arrays
 from mambacupy.arrays import dtype_name
-from mambacupy.checks import _FLOATS, _RULES, _wrong_dtype, _wrong_shape
+from mambacupy.checks import _RULES, _all_there, _check_float, _check_gradient_dtype, _wrong_dtype, _wrong_shape
 
 
 class ConvArguments(NamedTuple):
@@ -35,7 +35,7 @@ def causal_conv1d(operation, x, weight, bias, activation, initial_state, reverse
     TypeError, ValueError
         As `mambacupy.ops.causal_conv1d.causal_conv1d` documents.
     """
-    _all_there(operation, "only bias and initial_state may be left out", x=x, weight=weight)
+    _all_there(operation, "; only bias and initial_state may be left out", x=x, weight=weight)
     xp = arrays.namespace(operation, x=x, weight=weight, bias=bias, initial_state=initial_state)
     _check_float(operation, "x", x)
     if x.ndim != 3:
@@ -79,9 +79,7 @@ def causal_conv1d_bwd(operation, saved, dy, dfinal_state):
     arrays.namespace(operation, **{"saved.x": x}, dy=dy, dfinal_state=dfinal_state)
     if dy.shape != x.shape:
         raise _wrong_shape(operation, "dy", dy, {"batch": args.batch, "dim": args.dim, "length": args.length})
-    if dy.dtype not in (x.dtype, arrays.compute_dtype(x.dtype)):
-        wanted = tuple(dict.fromkeys((x.dtype, arrays.compute_dtype(x.dtype))))
-        raise _wrong_dtype(operation, "dy", dy, wanted, f" because x is {dtype_name(x.dtype)}")
+    _check_gradient_dtype(operation, "dy", dy, "x", x.dtype)
     if dfinal_state is not None:
         _check_window(operation, "dfinal_state", dfinal_state, x, args.batch, args.dim, args.width)
     return args
@@ -100,7 +98,7 @@ def causal_conv1d_update(operation, state, x, weight, bias, activation):
     TypeError, ValueError
         As `mambacupy.ops.causal_conv1d.causal_conv1d_update` documents.
     """
-    _all_there(operation, "only bias may be left out", state=state, x=x, weight=weight)
+    _all_there(operation, "; only bias may be left out", state=state, x=x, weight=weight)
     xp = arrays.namespace(operation, state=state, x=x, weight=weight, bias=bias)
     batch, dim = _check_token(operation, x)
     width = _check_filter(operation, x, weight, bias, activation, dim)
@@ -140,7 +138,7 @@ def selective_state_update(operation, state, x, dt, A, B, C, D, z, dt_bias):
     TypeError, ValueError
         As `mambacupy.ops.selective_state_update.selective_state_update` documents.
     """
-    _all_there(operation, "only D, z and dt_bias may be left out", state=state, x=x, dt=dt, A=A, B=B, C=C)
+    _all_there(operation, "; only D, z and dt_bias may be left out", state=state, x=x, dt=dt, A=A, B=B, C=C)
     xp = arrays.namespace(operation, state=state, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
     batch, dim = _check_token(operation, x)
     for name, tensor in (("dt", dt), ("z", z)):
@@ -172,17 +170,6 @@ def selective_state_update(operation, state, x, dt, A, B, C, D, z, dt_bias):
 
 
 # ---------------------------------------------------------------------------------------------------- parts of the above
-def _all_there(operation, which_may_be_left_out, **named):
-    for name, x in named.items():
-        if x is None:
-            raise TypeError(f"{operation}: {name} is None, wanted an array; {which_may_be_left_out}")
-
-
-def _check_float(operation, name, x):
-    if x.dtype not in _RULES:
-        raise _wrong_dtype(operation, name, x, _FLOATS, "")
-
-
 def _check_token(operation, x):
     """Batch and dim of the x of one step."""
     _check_float(operation, "x", x)

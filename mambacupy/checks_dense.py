@@ -8,7 +8,7 @@ import numpy as np
 
 from mambacupy import arrays
 from mambacupy.arrays import dtype_name
-from mambacupy.checks import _FLOATS, _RULES, _wrong_dtype, _wrong_shape
+from mambacupy.checks import _RULES, _all_there, _check_float, _check_gradient_dtype, _wrong_dtype, _wrong_shape
 
 
 class NormArguments(NamedTuple):
@@ -175,9 +175,7 @@ def embedding_bwd(operation, saved, dy):
     _check_saved(operation, saved, "embedding_fwd", "second", "tokens", "vocabulary", "dtype")
     _all_there(operation, dy=dy)
     xp = arrays.namespace(operation, **{"saved.tokens": saved.tokens}, dy=dy)
-    if dy.ndim != saved.tokens.ndim + 1 or dy.shape[:-1] != saved.tokens.shape or dy.shape[-1] != saved.dim:
-        _check_like(operation, "dy", dy, "y", (*saved.tokens.shape, saved.dim))
-    _check_gradient(operation, "dy", dy, "y", dy.shape, saved.dtype)
+    _check_gradient(operation, "dy", dy, "y", (*saved.tokens.shape, saved.dim), saved.dtype)
     return xp
 
 
@@ -240,18 +238,31 @@ def cross_entropy_bwd(operation, saved, dloss):
     return dloss
 
 
+def lengths(operation, x, lengths):
+    """Check how many steps of each row of x (batch, length, …) are no padding; where they lie on the host, their values too.
+
+    Returns
+    -------
+    array (batch,)
+        Of int64, from 0 to length; None where there is no padding: without lengths, or without steps.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `mambacupy.layers.MambaMixer` documents.
+    """
+    if lengths is None:
+        return None
+    xp, (batch, length) = arrays.namespace(operation, x=x, lengths=lengths), x.shape[:2]
+    _check_integers(operation, "lengths", lengths)
+    if lengths.shape != (batch,):
+        raise _wrong_shape(operation, "lengths", lengths, {"batch": batch})
+    if xp is np:
+        _check_range(operation, "lengths", lengths, (lengths < 0) | (lengths > length), length + 1, ", the length of x")
+    return lengths.astype(np.int64, copy=False).clip(0, length) if length else None
+
+
 # ---------------------------------------------------------------------------------------------------- parts of the above
-def _all_there(operation, **named):
-    for name, x in named.items():
-        if x is None:
-            raise TypeError(f"{operation}: {name} is None, wanted an array")
-
-
-def _check_float(operation, name, x):
-    if x.dtype not in _RULES:
-        raise _wrong_dtype(operation, name, x, _FLOATS, "")
-
-
 def _check_integers(operation, name, x):
     if x.dtype.kind not in "iu":
         raise TypeError(f"{operation}: {name} is {dtype_name(x.dtype)}, wanted int32 or int64; write {name}.astype('int64')")
@@ -270,9 +281,7 @@ def _check_like(operation, name, x, other, shape):
 
 def _check_gradient(operation, name, x, other, shape, dtype):
     _check_like(operation, name, x, other, shape)
-    if x.dtype not in (dtype, arrays.compute_dtype(dtype)):
-        wanted = tuple(dict.fromkeys((dtype, arrays.compute_dtype(dtype))))
-        raise _wrong_dtype(operation, name, x, wanted, f" because {other} is {dtype_name(dtype)}")
+    _check_gradient_dtype(operation, name, x, other, dtype)
 
 
 def _check_saved(operation, saved, forward, which, *names):

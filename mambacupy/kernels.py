@@ -5,8 +5,9 @@ is expanded here, so CuPy's disk cache (which hashes the text it is given, but n
 a header changes, and no include path is needed. What changes a kernel's inner loop is a `#define` in front of that text.
 
 A kernel file declares `struct Params`, whose members are all 8 bytes wide: first the pointers, then numbers (`long long`), of
-which the last is `first_block`. A kernel takes it as its only argument. The struct is the single list of arguments: here they
-are taken by name and packed in its order, the numbers once for every shape (`Kernel.prepare`), the pointers at every launch.
+which the last is `first_block`. A member `x[5]` is five, here called x0 to x4. A kernel takes the struct as its only argument,
+and it is the single list of arguments: they are taken by name and packed in its order, the numbers once for every shape
+(`Kernel.prepare`), the pointers at every launch.
 """
 
 import functools
@@ -17,8 +18,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-
-from mambacupy import environment
 
 OPTIONS = ("-std=c++17",)
 ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
@@ -77,7 +76,9 @@ def parameter_names(source):
     for statement in re.sub(r"//.*", "", body).split(";"):
         if statement.strip():
             kind = pointers if "*" in statement else numbers
-            kind += [re.search(r"(\w+)\s*$", name)[1] for name in statement.split(",")]
+            for name in statement.split(","):
+                name, count = re.search(r"(\w+)(?:\[(\d+)\])?\s*$", name).groups()
+                kind += [name] if count is None else [f"{name}{i}" for i in range(int(count))]
     return tuple(pointers), tuple(numbers)
 
 
@@ -129,7 +130,7 @@ class Kernel:
         self._shared_bytes = shared_bytes
         self._allowed = set()  # devices on which the kernel may take that much shared memory
 
-    def prepare(self, blocks, threads, numbers):
+    def prepare(self, blocks, threads, numbers, overlap=False):
         """All of a launch but its pointers.
 
         Parameters
@@ -138,12 +139,14 @@ class Kernel:
             Size of the grid (any; it is split where one launch cannot hold it) and of a block.
         numbers : dict
             Value of every number of `Params` but `first_block`.
+        overlap : bool
+            Let it begin while the kernel in front of it ends; `mambacupy.overlapping` says how.
 
         Returns
         -------
         callable
             Launches on the current device and stream, without synchronising, given a dict with every pointer of `Params` by
-            name: an array, or None for a null pointer.
+            name: an array, an address in one, or None for a null pointer.
         """
         grids = []
         for first in range(0, blocks, MAX_BLOCKS):
@@ -151,17 +154,24 @@ class Kernel:
             packed = struct.pack(f"{len(self.numbers)}q", *(values[name] for name in self.numbers))
             grids.append(((min(blocks - first, MAX_BLOCKS),), packed))
         names, raw, shared_bytes = self.pointers, self._raw, self._shared_bytes
+        if overlap:
+            from mambacupy.overlapping import overlapping
+
+            raw = overlapping(raw)
         pack = struct.Struct(f"{len(names)}Q").pack
         by_value = np.dtype((np.void, 8 * (len(names) + len(self.numbers))))
 
         def launch(arrays):
-            pointers = pack(*[address(arrays[name]) for name in names])
+            given = map(arrays.__getitem__, names)
+            pointers = pack(*[0 if x is None else x if type(x) is int else x.data.ptr for x in given])
             try:
                 if shared_bytes:
                     self._allow_shared_memory()
                 for grid, packed in grids:
                     raw(grid, (threads,), (np.frombuffer(pointers + packed, by_value),), shared_mem=shared_bytes)
             except Exception as error:
+                from mambacupy import environment  # whose imports take as long as all others of `import mambacupy`
+
                 missing = environment.explain_missing()
                 if missing is None:
                     raise

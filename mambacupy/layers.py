@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mambacupy import arrays
+from mambacupy import arrays, checks_dense
 from mambacupy.ops.causal_conv1d import causal_conv1d_bwd, causal_conv1d_fwd, causal_conv1d_update
 from mambacupy.ops.linear import LinearSaved, embedding_bwd, embedding_fwd, linear_bwd, linear_fwd
 from mambacupy.ops.norm import layer_norm_bwd, layer_norm_fwd, rms_norm_bwd, rms_norm_fwd
@@ -440,14 +440,20 @@ class MambaMixer:
         state : State, optional
             The state before x. Its arrays are written to: afterwards they hold the state after x. None: it is zero.
         lengths : array (batch,) of integers, optional
-            Only the first `lengths[i]` tokens of row i reach the state; what follows them is padding. Without a state it does
-            nothing: time runs forwards, so nothing that follows a token changes it.
+            Only the first `lengths[i]` tokens of row i are there; what follows them is padding. Nothing that stands in padding,
+            NaN included, reaches a state, a gradient or another place; y and dx are 0 there.
 
         Returns
         -------
         y : array (batch, length, d_model)
         backprop : callable
             `backprop(dy) -> (dx, grads)`. The state that came is a constant to it.
+
+        Raises
+        ------
+        TypeError, ValueError
+            A kind, dtype or shape does not fit, or NumPy lengths are not from 0 to length. CuPy's are taken for the nearest
+            that are: to look into them would mean to wait for the GPU.
         """
         y, saved = self._forward(params, x, state, lengths, save=True)
         return y, lambda dy: self._backward(params, saved, dy)
@@ -459,8 +465,11 @@ class MambaMixer:
     def _forward(self, params, x, state, lengths, save):
         _check_params("MambaMixer", params, self.shapes | self._norm_shapes(params))
         _check_input("MambaMixer", x, self.d_model, "batch, length")
+        lengths = checks_dense.lengths("MambaMixer", x, lengths)
         if state is not None:
             self.check_state(state, x, x.shape[0], x.dtype)
+        padding = _padding(x, lengths)
+        x = _blank(x, padding)
         before = state.copy() if save and state is not None else state  # the gradient needs it as it came
 
         xz = _linear(params["in_proj"], x)
@@ -470,7 +479,7 @@ class MambaMixer:
 
         c, conv_state, _ = self._convolve(params, u, before)
         selected = _linear(params["x_proj"], _turn(c))  # (batch, length, dt_rank + 2 d_state)
-        scan, _ = self._scan_arguments(params, c, z, selected, before, lengths)
+        scan, _ = self._scan_arguments(params, c, z, selected, before, padding)
         if save:
             y, ssm_state, scan_saved = selective_scan_fwd(**scan)
         else:
@@ -478,7 +487,7 @@ class MambaMixer:
         if state is not None:
             state.ssm[...] = ssm_state
             state.conv[...] = conv_state if lengths is None else _last_inputs(u, state.conv, lengths)
-        out = _linear(params["out_proj"], _turn(y))
+        out = _blank(_linear(params["out_proj"], _turn(y)), padding)
         return out, MixerSaved(x, xz, selected, y, scan_saved.states, before, lengths) if save else None
 
     def _step(self, params, u, z, state):
@@ -495,14 +504,15 @@ class MambaMixer:
 
     def _backward(self, params, saved, dy):
         x, xz, selected, y, states, before, lengths = saved
+        padding = _padding(x, lengths)
         u, z = self._halves(xz)
         c, _, conv_saved = self._convolve(params, u, before)
-        scan, (low, norms) = self._scan_arguments(params, c, z, selected, before, lengths)
+        scan, (low, norms) = self._scan_arguments(params, c, z, selected, before, padding)
         options = {name: scan.pop(name) for name in ("delta_softplus", "initial_state")}
         scan_saved = SelectiveScanSaved(**scan, **options, states=states, reverse=False, discretization="euler")
 
         grads = {}
-        dy_scan, grads["out_proj"] = _linear_backward(params["out_proj"], _turn(y), dy)
+        dy_scan, grads["out_proj"] = _linear_backward(params["out_proj"], _turn(y), _blank(dy, padding))
         g = selective_scan_bwd(_turn(dy_scan), scan_saved)
         dlow, dt_grads = _linear_backward({"weight": params["dt_proj"]["weight"]}, low, _turn(g.delta))
         grads["dt_proj"] = dt_grads | {"bias": g.delta_bias}
@@ -517,7 +527,7 @@ class MambaMixer:
         grads["conv1d"] = {name: getattr(conv, name) for name in params["conv1d"]}
         dx, grads["in_proj"] = _linear_backward(params["in_proj"], x, _join([_turn(conv.x), _turn(g.z)]))
         grads |= {"A_log": g.A * scan["A"], "D": g.D}  # A = -exp(A_log): dA/dA_log = A
-        return dx, _like({key: grads[key] for key in params}, params)
+        return _blank(dx, padding), _like({key: grads[key] for key in params}, params)
 
     # ------------------------------------------------------------------------------------------------ what both directions need
     def _halves(self, xz):
@@ -532,7 +542,7 @@ class MambaMixer:
         initial = None if before is None else before.conv
         return causal_conv1d_fwd(u, *self._kernel(params, u.dtype), activation="silu", initial_state=initial)
 
-    def _scan_arguments(self, params, c, z, selected, before, lengths):
+    def _scan_arguments(self, params, c, z, selected, before, padding):
         """Arguments of the scan, by name; and dt as dt_proj takes it, with what the three norms saved."""
         numbers, rank = arrays.compute_dtype(c.dtype), self.rank
         low, B, C = (
@@ -547,10 +557,9 @@ class MambaMixer:
                 results.append(rms_norm_fwd(v, weight, eps=self.bc_dt_norm_eps))
             (low, B, C), norms = (y for y, _, _ in results), [kept for _, _, kept in results]
         delta = _turn(_linear({"weight": params["dt_proj"]["weight"]}, low))  # (batch, d_inner, length)
-        if lengths is not None and before is not None:
+        if padding is not None and before is not None:
             xp = arrays.namespace("MambaMixer", delta=delta)
-            padding = xp.arange(delta.shape[2]) >= lengths[:, None]  # (batch, length)
-            delta = xp.where(padding[:, None, :], xp.asarray(STANDSTILL, delta.dtype), delta)
+            delta = arrays.choose(xp, padding[:, None, :], STANDSTILL, delta)
         scan = {
             "u": c,
             "delta": delta,
@@ -600,6 +609,19 @@ def _join(parts):
     return np.concatenate(parts, axis=-1)  # CuPy answers for its own
 
 
+def _padding(x, lengths):
+    """Where x (batch, length, …) is padding: (batch, length), or None where nowhere."""
+    return None if lengths is None else arrays.namespace("MambaMixer", x=x).arange(x.shape[1]) >= lengths[:, None]
+
+
+def _blank(x, padding):
+    """x (batch, length, channels) with 0 at padding. It is chosen, not multiplied: 0·NaN is NaN."""
+    if padding is None:
+        return x
+    xp = arrays.namespace("MambaMixer", x=x, padding=padding)
+    return arrays.choose(xp, padding[:, :, None], 0, x)
+
+
 def _last_inputs(u, before, lengths):
     """The convolution's state after `lengths` tokens of u (batch, dim, length), and the state before them."""
     width = before.shape[2]  # one less than the convolution's: before is (batch, dim, width)
@@ -607,7 +629,7 @@ def _last_inputs(u, before, lengths):
     step = lengths[:, None, None] + xp.arange(-width, 0)  # (batch, 1, width - 1): steps of u; what is negative lies in `before`
     recent = xp.take_along_axis(u, xp.maximum(step, 0), axis=2)
     earlier = xp.take_along_axis(before, xp.minimum(step + width, width - 1), axis=2)
-    return xp.where(step < 0, earlier, recent)
+    return arrays.choose(xp, step < 0, earlier, recent)
 
 
 # ---------------------------------------------------------------------------------------------------- layers made of layers
@@ -653,7 +675,7 @@ class Block:
     def __call__(self, params, x, state=None, lengths=None):
         """`((hidden, residual), backprop)`; `backprop((dhidden, dresidual)) -> (dx, grads)`. state, lengths: as the mixer's."""
         normed, residual, norm_backward = self._add(params, x)
-        given = () if state is None else (state, lengths)  # lengths mean nothing then, and the mixer may know neither
+        given = () if state is None and lengths is None else (state, lengths)  # the mixer may know neither
         hidden, mixer_backward = self.mixer(params["mixer"], normed, *given)
 
         def backprop(dy):
@@ -727,7 +749,8 @@ class Checkpoint:
 
     def __call__(self, params, x, state=None, lengths=None):
         """`(y, backprop)` of the layer; kept for backprop: x, and a copy of the state that came."""
-        if state is None:  # lengths mean nothing then, and the layer may be one that knows neither
-            return self.layer(params, x)[0], lambda dy: self.layer(params, x)[1](dy)
+        if state is None:
+            given = () if lengths is None else (None, lengths)  # the layer may know neither
+            return self.layer(params, x, *given)[0], lambda dy: self.layer(params, x, *given)[1](dy)
         before = state.copy()
         return self.layer(params, x, state, lengths)[0], lambda dy: self.layer(params, x, before.copy(), lengths)[1](dy)

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from mambacupy import kernels
-from mambacupy.ops import scan_kernels
+from mambacupy.ops import plans
 
 H100 = kernels.Device(multiprocessors=132, shared_bytes=232448, shared_bytes_of_multiprocessor=233472)
 
@@ -53,6 +53,7 @@ extern "C" void run(const Params* given, long long blocks, int threads_of_a_bloc
 """
 
 REPLACED = {
+    "return exp2f(x);": "return exp2_of_hardware(x);",
     # An access of several elements must be aligned, as a GPU demands.
     "pack = *reinterpret_cast<const Pack<T, COUNT>*>(from);": "if ((size_t)from % sizeof(pack)) abort(); memcpy(&pack, from, sizeof pack);",  # noqa: E501
     "*reinterpret_cast<Pack<T, COUNT>*>(to) = pack;": "if ((size_t)to % sizeof(pack)) abort(); memcpy(to, &pack, sizeof pack);",
@@ -85,7 +86,10 @@ def get(file, name, constants, shared_bytes=0):
 
     def prepare(blocks, threads, values):
         def launch(arrays):
-            packed = struct.pack(f"{len(pointers)}Q", *(kernels.address(arrays[pointer]) for pointer in pointers))
+            given = [(x, x if type(x) is int else kernels.address(x)) for x in (arrays[pointer] for pointer in pointers)]
+            for pointer, (x, address) in zip(pointers, given, strict=True):  # an element lies at a multiple of its size, as a
+                assert address % getattr(x, "itemsize", 16) == 0, pointer  # GPU demands
+            packed = struct.pack(f"{len(pointers)}Q", *(address for _, address in given))
             packed += struct.pack(f"{len(numbers)}q", *((values | {"first_block": 0})[number] for number in numbers))
             library = _library(file, name, tuple(constants.items()))
             library.run(ctypes.create_string_buffer(packed, len(packed)), ctypes.c_longlong(blocks), threads)
@@ -100,7 +104,7 @@ def install(monkeypatch, device=H100):
     monkeypatch.setattr(kernels, "get", get)
     monkeypatch.setattr(kernels, "device", lambda: device)
     monkeypatch.setattr(kernels, "address", lambda x: 0 if x is None else x.__array_interface__["data"][0])
-    monkeypatch.setattr(scan_kernels, "_plans", {})
+    monkeypatch.setattr(plans, "_plans", {})
 
 
 class Memory:

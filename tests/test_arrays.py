@@ -143,6 +143,15 @@ def test_numpy_arrays_need_neither_cupy_nor_scipy(tmp_path):
     assert python(f"import sys, numpy as np, mambacupy; {scan}; {loaded}", tmp_path).split() == []
 
 
+def test_public_names_need_no_cupy(tmp_path):
+    wanted = {"selective_scan", "selective_scan_fwd", "selective_scan_bwd", "selective_state_update", "check_gradients"}
+    wanted |= {f"causal_conv1d{end}" for end in ("", "_fwd", "_bwd", "_update")}
+    wanted |= {f"{name}{end}" for name in ("SelectiveScan", "CausalConv1d") for end in ("Grads", "Saved")}
+    code = "from mambacupy import *; names = dir(); import sys; print('cupy' in sys.modules, *names)"
+    loaded, *names = python(code, tmp_path).split()
+    assert loaded == "False" and {name for name in names if name[0] != "_"} == wanted
+
+
 def test_import_adds_little_to_numpys(tmp_path):
     code = "import numpy, time; start = time.perf_counter(); import mambacupy; print(time.perf_counter() - start)"
     assert any(float(python(code, tmp_path)) < 0.1 for _ in range(10))  # 0.03 s; a busy machine gets ten tries

@@ -211,7 +211,6 @@ def test_errors(call, message):
 # ---------------------------------------------------------------------------------------------------- kernels, without a GPU
 @pytest.fixture
 def recorder(monkeypatch):
-    monkeypatch.setattr(conv_kernels, "_plans", {})
     return test_kernels.record(monkeypatch)
 
 

@@ -6,9 +6,10 @@ import cases
 import emulator
 import numpy as np
 import pytest
+import scans
 
-from mambacupy import checks_conv, checks_dense
-from mambacupy.ops import conv_kernels, linear, loss, norm, rows, selective_state_update
+from mambacupy import checks, checks_conv, checks_dense
+from mambacupy.ops import conv_kernels, linear, loss, norm, plans, scan_kernels, selective_state_update
 from mambacupy.reference import conv, state_update
 from mambacupy.reference import loss as reference_loss
 from mambacupy.reference import norm as reference_norm
@@ -36,10 +37,7 @@ ROWS = {
 @pytest.fixture
 def memory(monkeypatch):
     emulator.install(monkeypatch)
-    monkeypatch.setattr(conv_kernels, "_plans", {})
-    rows._prepared.cache_clear()
-    yield emulator.Memory()
-    rows._prepared.cache_clear()
+    return emulator.Memory()
 
 
 @pytest.fixture
@@ -181,3 +179,144 @@ def test_embedding(memory, normal, dim, dtype, dy_dtype, distinct):
     wanted = np.zeros(weight.shape)
     np.add.at(wanted, tokens, wide(dy))
     assert cases.relative_error(dweight, wanted) <= TOLERANCE[dtype]
+
+
+# ---------------------------------------------------------------------------------------------------- sums over blocks
+SUMS = {
+    "one part": ("float32", 1, [plans.Sum("float32", 1, 40)]),
+    "fewer parts than are read at once": ("float32", 1, [plans.Sum("float32", 5, 1030)]),
+    "more parts than shares": ("float32", 1, [plans.Sum("float32", 700, 9)]),
+    "shares, wide": ("float32", 1, [plans.Sum("bfloat16", 100, 64)]),
+    "float64": ("float64", 1, [plans.Sum("float64", 33, 10), plans.Sum("float64", 9, 6, 70, 2), plans.Sum("float64", 3, 7, 5)]),
+    "turned": ("float32", 1, [plans.Sum("bfloat16", 12, 16, 1000)]),
+    "turned, many columns": ("float32", 1, [plans.Sum("float16", 2, 100, 37, 3)]),
+    "turned, no wide access": ("float32", 1, [plans.Sum("float32", 20, 5, 67, 2)]),
+    "turned, complex": ("float32", 2, [plans.Sum("float32", 20, 12, 67, 2), plans.Sum("float32", 3, 2, 9),
+                                       plans.Sum("float32", 2, 11)]),
+    "turned, few rows": ("float32", 1, [plans.Sum("float32", 3, 700, 4, stride=3500),
+                                        plans.Sum("float32", 3, 700, stride=3500)]),
+    "five": ("float32", 1, [plans.Sum("float32", 8, 64), plans.Sum("float32", 8, 4), plans.Sum("float32", 8, 4),
+                            plans.Sum("bfloat16", 40, 16, 50, 2), plans.Sum("float16", 40, 16, 50, 2)]),
+    "threads enough": ("float32", 1, [plans.Sum("bfloat16", 7, 64, 8200)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", SUMS)
+def test_sums_of_parts(memory, normal, row):
+    real, reals, sums = SUMS[row]
+    pairs, wanted = [], []
+    for x in sums:
+        size = x.rows * x.columns
+        parts = normal(x.outer, x.count, max(size, x.stride), dtype=real)
+        pairs.append((parts, memory.empty((x.outer * size,), cases.DTYPES[x.out])))
+        total = wide(parts)[:, :, :size].sum(1).reshape(x.outer, x.rows, -1, reals if x.columns % reals == 0 else 1)
+        wanted.append(total.swapaxes(1, 2).ravel())  # (outer, t, n, reals) -> (outer, n, t, reals)
+    plans.sums_of_parts(real, tuple(sums), reals)(pairs)
+    for (_, out), total, x in zip(pairs, wanted, sums, strict=True):
+        assert cases.relative_error(out, total) <= {"float32": 1e-7, "float64": 1e-15}.get(x.out, TOLERANCE[x.out]), x
+
+
+def test_a_sum_keeps_what_rounding_drops(memory, normal):
+    """Each share of the parts is as exact as one rounding of it."""
+    parts = memory.empty((3200, 4), np.dtype("f4"))
+    parts[...] = 1e-4
+    parts[:32] = 1e4
+    out = memory.empty((4,), parts.dtype)
+    plans.sums_of_parts("float32", (plans.Sum("float32", 3200, 4),))([(parts, out)])
+    assert cases.relative_error(out, wide(parts).sum(0)) <= 1e-7
+
+
+# ---------------------------------------------------------------------------------------------------- parts of time
+@pytest.mark.parametrize("splits", [2, 8, 19])
+@pytest.mark.parametrize("backward", [0, 1])
+@pytest.mark.parametrize("dtype", ["f4", "c16"])
+def test_chained_parts_of_time(memory, normal, dtype, backward, splits):
+    batch, dim, state = 2, 5, 6
+    carries, A = normal(batch, splits, dim, state, dtype=dtype), normal(dim, state, dtype=dtype)
+    A.real[...] = -abs(A.real)
+    totals = normal(batch, splits, dim, dtype=A.real.dtype)
+    totals[...] = abs(totals)
+    enters = normal(batch, dim, state, dtype=dtype)
+    wanted, now = wide(carries), wide(enters)
+    for split in range(splits)[:: -1 if backward else 1]:
+        whole = np.exp(wide(A) * wide(totals)[:, split, :, None])
+        wanted[:, split], now = now, wide(carries)[:, split] + (whole.conj() if backward else whole) * now
+    real = {"f4": "float", "c16": "double"}[dtype]
+    constants = {"BACKWARD": backward, "STATE_T": f"Complex<{real}>" if dtype == "c16" else real, "REAL": real}
+    numbers = {"batch": batch, "splits": splits, "dim": dim, "state": state, "state_total": state}
+    numbers |= plans.strides(A, A_dim=0, A_state=1) | plans.strides(enters, enters_batch=0, enters_dim=1, enters_state=2)
+    launch = plans.prepared("combine_carries.cu", "combine_carries", constants, 1, 256, numbers)
+    launch({"carries": carries, "totals": totals, "A": A, "enters": enters})
+    assert cases.relative_error(carries, wanted) <= (1e-14 if dtype == "c16" else 5e-7)
+
+
+# ---------------------------------------------------------------------------------------------------- anywhere in memory
+@pytest.fixture(params=["split", "off by one"])
+def moved(request):
+    """Moves an array to where its elements are split, or to where they are whole and no wider access is aligned."""
+
+    def move(x):
+        offset = 1 if request.param == "split" else x.itemsize
+        room = np.empty(x.nbytes + 64, np.uint8)
+        start = -room.ctypes.data % 32 + offset
+        y = room[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
+        y[...] = x
+        return y
+
+    return move
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_norm_anywhere_in_memory(memory, normal, moved, dtype):
+    element = cases.DTYPES[dtype]
+    x, dy, residual, dtotal = (moved(normal(2, 5, 24, dtype=element)) for _ in range(4))
+    weight, bias = (moved(normal(24, dtype=element)) for _ in range(2))
+    args = checks_dense.norm("test", x, weight, bias, residual, 1e-5, None)._replace(xp=memory)
+    y, total, mean, rstd = norm._forward(args, 1e-5, True)
+    saved = norm.LayerNormSaved(moved(total), weight, bias, mean, rstd, x.dtype, residual.dtype)
+    dx, _, dweight, dbias = norm._backward(memory, saved, mean, bias, dy, dtotal)
+    wanted, _, kept = reference_norm.layer_norm_fwd(x, weight, bias, residual)
+    grads = reference_norm.layer_norm_bwd(dy, kept, dtotal)
+    for one, two in ((y, wanted), (dx, grads.x), (dweight, grads.weight), (dbias, grads.bias)):
+        assert cases.relative_error(wide(one), wide(two)) <= 2 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_cross_entropy_anywhere_in_memory(memory, normal, moved, dtype):
+    logits, targets = moved(normal(3, 40, dtype=cases.DTYPES[dtype])), moved(np.array([5, -1, 39]))
+    given = {name: memory.empty((3,), "f4") for name in ("maximum", "total", "losses")}
+    given |= {"dloss": moved(np.array(1.5, "f4")), "loss": np.zeros((), "f4"), "count": np.zeros((), "f4")}
+    for name in ("cross_entropy_fwd", "cross_entropy_mean"):
+        loss._launch(memory, name, logits, targets, -1, given | {"dlogits": None})
+    dlogits = memory.empty(logits.shape, logits.dtype)
+    loss._launch(memory, "cross_entropy_bwd", logits, targets, -1, given | {"dlogits": dlogits})
+    wanted, kept = reference_loss.softmax_cross_entropy_fwd(wide(logits), targets)
+    assert given["loss"] == pytest.approx(wanted, rel=1e-5)
+    wanted = reference_loss.softmax_cross_entropy_bwd(np.float64(1.5), kept).logits
+    assert cases.relative_error(dlogits, wanted) <= 2 * TOLERANCE[dtype]
+
+
+def test_embedding_anywhere_in_memory(memory, normal, moved):
+    weight, dy = moved(normal(50, 24, dtype="f4")), moved(normal(7, 24, dtype="f4"))
+    tokens = moved(np.arange(7) * 5)
+    y, dweight = memory.empty((7, 24), "f4"), np.zeros((50, 24), "f4")
+    linear._embedding_forward(memory, tokens, weight, y)
+    linear._embedding_backward(memory, dy, linear.EmbeddingSaved(tokens, 50, 24, weight.dtype), dweight)
+    assert np.array_equal(y, weight[tokens])
+    assert np.array_equal(dweight[tokens], dy)
+
+
+@pytest.mark.parametrize("is_complex", [False, True])
+def test_scan_anywhere_in_memory(memory, moved, is_complex):
+    """The second call finds its plan, and copies what the first one copied."""
+    arguments, options = cases.make(complex=is_complex, B=3)
+    dy, dlast_state = map(moved, scans.incoming(arguments))
+    arguments = {name: None if x is None else moved(x) for name, x in arguments.items()}
+    args = checks.selective_scan("test", **arguments, discretization=options["discretization"])._replace(xp=memory)
+    wanted = scans.oracle(arguments, options, dy, dlast_state)
+    for _ in range(2):
+        got = scan_kernels.forward(args, True, False, True)
+        grads = scan_kernels.backward(args, True, False, got[2], dy, dlast_state, arguments["B"], arguments["C"])
+        case = cases.BASE | {"complex": is_complex}
+        assert scans.wrong_results(got, arguments, options, case) == {}
+        assert scans.wrong_gradients(grads, wanted, case) == {}

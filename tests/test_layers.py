@@ -223,6 +223,41 @@ def test_padding_behind_never_reaches_a_state(lengths, width):
                 assert np.array_equal(state.conv[i], before.conv[i])
 
 
+@pytest.mark.parametrize("mixer", [SMALL, NORMED, Checkpoint(SMALL)], ids=["plain", "normed", "checkpoint"])
+@pytest.mark.parametrize("came", [False, True], ids=["fresh", "state"])
+def test_what_is_not_a_number_stays_in_padding(mixer, came):
+    """Rows with NaN and infinity behind their tokens are rows with zeros there, in all that a call gives."""
+    inner = getattr(mixer, "layer", mixer)
+    lengths = np.array([4, 0, 6], np.uint8)
+    padding = np.arange(6) >= lengths[:, None]
+    x, dy, params = normal(3, 6, 3), normal(3, 6, 3, seed=2), random_params(inner)
+    x[padding], dy[padding] = np.nan, np.inf
+    results = []
+    for tokens, incoming in ((x, dy), (np.where(padding[..., None], 0, x), np.where(padding[..., None], 0, dy))):
+        state = state_of(inner, 3) if came else None
+        y, backprop = mixer(params, tokens, state, lengths)
+        dx, grads = backprop(incoming)
+        results.append({"y": y, "dx": dx, "grads": grads, "state": state._asdict() if came else {}})
+        assert not y[padding].any() and not dx[padding].any()
+        for i, length in enumerate(lengths):
+            alone = State(state_of(inner, 3).conv[i : i + 1], state_of(inner, 3).ssm[i : i + 1]) if came else None
+            np.testing.assert_allclose(y[i, :length], inner.advance(params, x[i : i + 1, :length], alone)[0], rtol=1e-12)
+    one, two = map(flat, results)
+    for path, value in one.items():
+        assert np.isfinite(value).all() and np.array_equal(value, two[path]), path
+    if came:
+        state = state_of(inner, 3)
+        assert np.array_equal(inner.advance(params, x, state, lengths), results[0]["y"])
+        assert np.array_equal(state.ssm, results[0]["state"]["ssm"])
+
+
+def test_lengths_of_no_steps():
+    state = state_of(SMALL, 2)
+    y, backprop = SMALL(random_params(SMALL), normal(2, 0, 3), state, np.array([0, 0]))
+    assert y.shape == backprop(y)[0].shape == (2, 0, 3)
+    assert np.array_equal(state.ssm, state_of(SMALL, 2).ssm) and np.array_equal(state.conv, state_of(SMALL, 2).conv)
+
+
 def test_residual_and_block_add():
     params, x, layer = random_params(SMALL), normal(2, 5, 3), Block(RMSNorm(3, eps=1e-3), SMALL)
     np.testing.assert_array_equal(Residual(SMALL)(params, x)[0], x + SMALL(params, x)[0])
@@ -495,6 +530,20 @@ REFUSED = {
     ),
     "state-dtype": (
         SMALL, GOOD, (X.astype(np.float32), FRESH), TypeError, "MambaMixer: state.conv is float64, wanted float32 because x is",
+    ),
+    "lengths-list": (SMALL, GOOD, (X, None, [5, 5]), TypeError, "MambaMixer: lengths is of type list, wanted a NumPy or CuPy"),
+    "lengths-float": (
+        SMALL, GOOD, (X, None, np.array([5.0, 5.0])), TypeError, "MambaMixer: lengths is float64, wanted int32 or int64; write",
+    ),
+    "lengths-mask": (SMALL, GOOD, (X, FRESH, np.array([True, True])), TypeError, "MambaMixer: lengths is bool, wanted int32"),
+    "lengths-shape": (
+        SMALL, GOOD, (X, FRESH, np.array([[5, 5]])), ValueError, r"MambaMixer: lengths has shape \(1, 2\), wanted \(batch=2,\)",
+    ),
+    "lengths-negative": (
+        SMALL, GOOD, (X, FRESH, np.array([5, -1])), ValueError, r"MambaMixer: lengths holds -1 at \(1,\), wanted 0 to 5",
+    ),
+    "lengths-long": (
+        SMALL, GOOD, (X, FRESH, np.array([6, 5])), ValueError, r"MambaMixer: lengths holds 6 at \(0,\), wanted 0 to 5, the",
     ),
     "linear": (Linear(4, 2), {"weight": X[0, :2, :]}, (X,), ValueError, r"Linear: params\['weight'\] has shape \(2, 3\)"),
     "linear-x": (Linear(4, 2), {"weight": np.ones((2, 4))}, (X,), ValueError, r"Linear: x has shape .*, wanted \(…, 4\)"),

@@ -394,6 +394,7 @@ CONFIGS = {
     "dt": ({"dt_min": 0.2}, ValueError, "MambaConfig: dt_min is 0.2 and dt_max 0.1, wanted 0 < dt_min <= dt_max"),
     "eps": ({"norm_eps": 0.0}, ValueError, "MambaConfig: norm_eps is 0.0, wanted a number above 0"),
     "expand": ({"expand": 0.1}, ValueError, "MambaConfig: expand is 0.1 and d_model 6, wanted a product of 1 or more"),
+    "token": ({"pad_token_id": (0, 1)}, TypeError, r"MambaConfig: pad_token_id is \(0, 1\), wanted the number of a token, or"),
     "flag": ({"rms_norm": 1}, TypeError, "MambaConfig: rms_norm is 1, wanted True or False"),
 }
 

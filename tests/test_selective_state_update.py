@@ -8,7 +8,6 @@ import pytest
 import test_kernels
 
 from mambacupy import checks_conv, kernels, selective_scan
-from mambacupy.ops import conv_kernels
 from mambacupy.ops import selective_state_update as module
 from mambacupy.ops.selective_state_update import selective_state_update
 
@@ -131,7 +130,6 @@ def test_errors(changes, message):
 # ---------------------------------------------------------------------------------------------------- the kernel, without a GPU
 @pytest.fixture
 def recorder(monkeypatch):
-    monkeypatch.setattr(conv_kernels, "_plans", {})
     return test_kernels.record(monkeypatch)
 
 

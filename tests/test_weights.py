@@ -48,6 +48,7 @@ HF = {
     "hidden_act": "silu", "use_bias": False, "use_conv_bias": True, "residual_in_fp32": True, "rescale_prenorm_residual": False,
     "vocab_size": 16, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "tie_word_embeddings": True,
 }  # fmt: skip
+TOKENS = {name: 0 for name in HF if "token_id" in name}
 NORMED = {"dt": 1, "b": 3, "c": 3}
 CONFIG = MambaConfig(d_model=4, n_layer=2, vocab_size=10, d_state=3, d_conv=2)
 
@@ -178,7 +179,8 @@ def write(folder, config, tensors, kind="safetensors", shards=1):
 def test_every_layout_is_read(tmp_path, config, kind, shards):
     tensors = stored(config)
     found, params = weights.load(write(tmp_path, config, tensors, kind, shards))
-    assert found == (CONFIG if config is ORIGINAL else dataclasses.replace(CONFIG, vocab_size=16, pad_vocab_size_multiple=1))
+    wanted = {} if config is ORIGINAL else {"vocab_size": 16, "pad_vocab_size_multiple": 1} | TOKENS
+    assert found == dataclasses.replace(CONFIG, **wanted)
     assert is_read_as(params, tensors) and "lm_head" not in params
 
 
@@ -211,6 +213,8 @@ ROWS = {
     "intermediate_size counts, not expand": ({"expand": 16}, {}, {}),
     "vocabulary padded by the original": ({"pad_vocab_size_multiple": 8}, {}, {"pad_vocab_size_multiple": 8}),
     "epsilon": ({"layer_norm_epsilon": 1e-6}, {}, {"norm_eps": 1e-6}),
+    "tokens": ({"bos_token_id": 1, "eos_token_id": [2, 3]}, {}, {"bos_token_id": 1, "eos_token_id": (2, 3)}),
+    "tokens that it does not mention": (dict.fromkeys(TOKENS), {}, {}),
 }  # fmt: skip
 
 
@@ -220,7 +224,7 @@ def test_what_configs_say(tmp_path, change, more, wanted):
     more = more(tensors) if callable(more) else {key: np.full(shape, 0.5, "float32") for key, shape in more.items()}
     spoken = {key: value for key, value in (HF | change).items() if value is not None}
     config, params = weights.load(write(tmp_path, spoken, tensors | more))
-    assert config == dataclasses.replace(CONFIG, **{"vocab_size": 16, "pad_vocab_size_multiple": 1, **wanted})
+    assert config == dataclasses.replace(CONFIG, **{"vocab_size": 16, "pad_vocab_size_multiple": 1, **TOKENS, **wanted})
     assert is_read_as(params, tensors | ({} if config.tie_embeddings and "lm_head.weight" in more else more))
 
 
@@ -355,6 +359,7 @@ CHANGES = [
     {"d_conv": 1},
     {"vocab_size": 16}, {"pad_vocab_size_multiple": 1}, {"n_layer": 0}, {"residual_in_fp32": False, "norm_eps": 1e-6},
     {"dt_min": 0.01, "dt_max": 0.2, "dt_init": "constant", "dt_scale": 2.0, "dt_init_floor": 1e-3},
+    {"bos_token_id": 0, "eos_token_id": 11, "pad_token_id": -1}, {"rms_norm": False, "eos_token_id": (2, 3)},
 ]  # fmt: skip
 
 
@@ -391,11 +396,11 @@ def test_weights_of_inner_norms_go_round(tmp_path):
 
 
 def test_written_as_transformers_has_it(tmp_path):
-    """Its keys, and its config.json but for tokens. Where rescale_prenorm_residual is true, transformers 5.23 divides out_proj
+    """Its keys, and its config.json. Where rescale_prenorm_residual is true, transformers 5.23 divides out_proj
     of the model that it loads."""
-    weights.save(CONFIG, params_of(CONFIG), tmp_path)
+    weights.save(dataclasses.replace(CONFIG, **TOKENS), params_of(CONFIG), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert {**config, **HF} == config | {key: HF[key] for key in HF if "token_id" in key}
+    assert {**config, **HF} == config
     found = safetensors_files.read(tmp_path / "model.safetensors")
     assert {key: x.shape for key, x in found.items()} == {key: x.shape for key, x in stored().items()}
 
@@ -578,6 +583,7 @@ FAULTS = {
     "activation": (with_config(hidden_act="gelu"), "config.json: hidden_act is 'gelu'"),
     "text for a number": (with_config(hidden_size="4"), "config.json: MambaConfig: d_model is '4'"),
     "a negative number": (with_config(state_size=-1), "config.json: MambaConfig: d_state is -1"),
+    "a token of letters": (with_config(eos_token_id=["</s>"]), "config.json: MambaConfig: eos_token_id is .*, wanted"),
     "not a number": (with_config(layer_norm_epsilon=float("nan")), "config.json: norm_eps is nan"),
     "null": (with_config(vocab_size=None), "config.json: vocab_size is None"),
     "Mamba2 layers": (with_config(ORIGINAL, ssm_cfg={"layer": "Mamba2"}), "config.json: the layers are 'Mamba2'"),

@@ -40,6 +40,9 @@ class MambaConfig:
         RMS norms without weights on dt, B and C, as FalconMamba has them.
     bc_dt_norm_eps : float
         Added under the root there.
+    bos_token_id, eos_token_id, pad_token_id : int, optional
+        Tokens with which a text begins and ends, and which fill rows, as a checkpoint states them; eos_token_id may be a tuple
+        of several. The model does nothing with them.
 
     Raises
     ------
@@ -68,6 +71,9 @@ class MambaConfig:
     pad_vocab_size_multiple: int = 8
     bc_dt_norm: bool = False
     bc_dt_norm_eps: float = 1e-6
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple | None = None
+    pad_token_id: int | None = None
 
     def __post_init__(self):
         for name in ("d_model", "n_layer", "vocab_size", "d_state", "d_conv", "pad_vocab_size_multiple"):
@@ -84,6 +90,11 @@ class MambaConfig:
         for name in ("expand", "dt_scale", "dt_init_floor", "norm_eps", "bc_dt_norm_eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"MambaConfig: {name} is {getattr(self, name)!r}, wanted a number above 0")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            several = name == "eos_token_id" and isinstance(value, tuple)
+            if value is not None and not all(map(_is_integer, value if several else (value,))):
+                raise TypeError(f"MambaConfig: {name} is {value!r}, wanted the number of a token, or None")
         if self.d_inner < 1:
             raise ValueError(f"MambaConfig: expand is {self.expand} and d_model {self.d_model}, wanted a product of 1 or more")
 
@@ -104,8 +115,12 @@ class MambaConfig:
         return -(-self.vocab_size // multiple) * multiple
 
 
+def _is_integer(value):
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _check_count(name, value, least, otherwise=""):
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not _is_integer(value):
         raise TypeError(f"MambaConfig: {name} is {value!r}, wanted an integer{otherwise}")
     if value < least:
         raise ValueError(f"MambaConfig: {name} is {value}, wanted {least} or more{otherwise}")

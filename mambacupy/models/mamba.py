@@ -4,7 +4,7 @@ After "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (Gu & D
 in the published checkpoints.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import numpy as np
@@ -50,7 +50,7 @@ class MambaLM:
     >>> grads = backprop(dlogits)
     >>> state = model.init_state(params, batch=1)                          # to generate
     >>> logits = model.advance(params, prompt, state, last_only=True)
-    >>> logits = model.advance(params, logits.argmax(-1), state)
+    >>> logits = model.advance(params, logits[..., : model.config.vocab_size].argmax(-1), state)
     """
 
     config: MambaConfig
@@ -72,12 +72,8 @@ class MambaLM:
     @cached_property
     def block(self):
         """The layer that is repeated n_layer times, each time with parameters of its own."""
-        c = self.config
-        mixer = MambaMixer(
-            c.d_model, c.d_state, c.d_conv, c.expand, c.dt_rank, c.dt_min, c.dt_max, c.dt_init, c.dt_scale, c.dt_init_floor,
-            c.conv_bias, c.bias, c.bc_dt_norm, c.bc_dt_norm_eps, n_layer=c.n_layer,
-        )  # fmt: skip
-        return Block(self.norm, mixer, c.residual_in_fp32)
+        mixer = MambaMixer(**{field.name: getattr(self.config, field.name) for field in fields(MambaMixer)})
+        return Block(self.norm, mixer, self.config.residual_in_fp32)
 
     @cached_property
     def norm(self):
@@ -278,7 +274,7 @@ class _Places:
 
     def _blank(self, x):
         mask = self.mask.reshape(self.mask.shape + (1,) * (x.ndim - 2))  # (batch, length, 1, …)
-        return self.xp.where(mask, x, self.xp.zeros((), x.dtype))
+        return arrays.choose(self.xp, ~mask, 0, x)
 
 
 def _last(x):
@@ -290,4 +286,4 @@ def _last_of(x, lengths):
     """(batch, length, d_model) -> (batch, 1, d_model): the last of so many, 0 of none."""
     xp = arrays.namespace("MambaLM", x=x)
     last = x[xp.arange(x.shape[0]), xp.maximum(lengths, 1) - 1][:, None]
-    return xp.where((lengths > 0)[:, None, None], last, xp.zeros((), x.dtype))
+    return arrays.choose(xp, (lengths <= 0)[:, None, None], 0, last)

@@ -1,11 +1,8 @@
-"""The causal convolution on a GPU: from checked CuPy arrays to launches of the kernels in cuda_src/causal_conv1d*.cu.
-
-Plans are kept as those of the scan are: what follows from shapes, strides, alignment and options is worked out once.
-"""
+"""The causal convolution on a GPU: from checked CuPy arrays to launches of the kernels in cuda_src/causal_conv1d*.cu."""
 
 from mambacupy import arrays, kernels
+from mambacupy.ops import plans
 from mambacupy.ops.mapping import power_of_two
-from mambacupy.ops.scan_kernels import _empty, _is_native, _strides
 from mambacupy.reference.conv import CausalConv1dGrads
 
 THREADS = 128
@@ -25,49 +22,15 @@ KEPT_BYTES = {"forward": 128, "backward": 64}
 leave registers for too few warps to hide the latency of memory."""
 
 
-_plans = {}
-
-
-def _planned(make, args, *more):
-    """The plan `make(args, *more)`, from memory where it was made before for arguments of the same kind."""
-    key = [make, kernels.device()]
-    for x in (*args, *more):
-        key.append((x.dtype, x.shape, x.strides, kernels.address(x) & 31) if hasattr(x, "strides") else x)
-    key = tuple(key)
-    plan = _plans.get(key)
-    if plan is None:
-        if len(_plans) >= 1024:
-            _plans.clear()
-        plan = _plans[key] = make(args, *more)
-    return plan
-
-
-def _in_elements(x):
-    """x, or a copy of it where an element does not lie at a multiple of its size, as kernels read it."""
-    if x is None or not any(s % x.itemsize for s in (kernels.address(x), *x.strides)):
-        return x
-    return x.copy()
-
-
-def _in_order(x, axis):
-    """A copy of x in which `axis` is contiguous."""
-    return x.copy() if axis == 2 else x.swapaxes(1, 2).copy().swapaxes(1, 2)  # (batch, length, dim) in between
-
-
-def _widest_access(axis, tensors):
-    """Elements moved by one instruction: 16 bytes where all tensors are aligned for it, and the largest that fits else. It
-    divides the contiguous axis, of arrays yet to be allocated too."""
-    vector = 16 // min(x.itemsize for x in tensors)
-    while tensors[0].shape[axis] % vector or any(
-        (kernels.address(x) | x.strides[0] | x.strides[3 - axis]) % (vector * x.itemsize) for x in tensors
-    ):
-        vector //= 2
-    return vector
+def _planned(make, args, *incoming):
+    """The plan `make(args, *incoming)`; `incoming` are arrays or None."""
+    tensors = (args.x, args.weight, args.bias, args.initial_state, *incoming)
+    return plans.planned(make, (args, *incoming), tensors, (args.silu, args.reverse))
 
 
 def _axis(x):
     """The axis of x that is contiguous in memory, 1 or 2; a single step is as channel-contiguous as it is anything."""
-    return 1 if (x.strides[2] != x.itemsize or x.shape[2] == 1) and _is_native(x, 1) else 2
+    return 1 if (x.strides[2] != x.itemsize or x.shape[2] == 1) and plans.is_native(x, 1) else 2
 
 
 def _weight_vector(args, vector):
@@ -83,7 +46,7 @@ def _weight_vector(args, vector):
 
 def _layout(args, axis, direction, tensors):
     """Constants, numbers and blocks of a launch: which steps and channels a thread has."""
-    vector = _widest_access(axis, tensors)
+    vector = plans.widest_access(axis, tensors)
     wanted = 32 * WARPS * kernels.device().multiprocessors  # threads
     if axis == 2:
         lanes = min(32, power_of_two(-(-args.length // vector)))
@@ -116,9 +79,9 @@ def _layout(args, axis, direction, tensors):
 def _parameters(args):
     """Strides of what is not of x's shape."""
     return {
-        **_strides(args.weight, weight_dim=0, weight_tap=1),
-        **_strides(args.bias, bias_dim=0),
-        **_strides(args.initial_state, init_batch=0, init_dim=1, init_tap=2),
+        **plans.strides(args.weight, weight_dim=0, weight_tap=1),
+        **plans.strides(args.bias, bias_dim=0),
+        **plans.strides(args.initial_state, init_batch=0, init_dim=1, init_tap=2),
     }
 
 
@@ -128,20 +91,20 @@ def _rows(axis, fresh, **tensors):
     row = first.shape[axis]
     numbers = {f"{fresh}_batch": first.shape[1] * first.shape[2], f"{fresh}_row": row}
     for name, x in tensors.items():
-        numbers |= _strides(x, **{f"{name}_batch": 0, f"{name}_row": 3 - axis})
+        numbers |= plans.strides(x, **{f"{name}_batch": 0, f"{name}_row": 3 - axis})
     return numbers
 
 
 def _whole(args):
     """The arguments with every stride a whole number of elements."""
-    changed = {name: _in_elements(getattr(args, name)) for name in ("weight", "bias", "initial_state")}
+    changed = {name: plans.whole(getattr(args, name)) for name in ("weight", "bias", "initial_state")}
     return args._replace(**changed)
 
 
 def _plan_forward(args):
     axis = _axis(args.x)
-    copied = not _is_native(args.x, axis)
-    x = _in_order(args.x, axis) if copied else args.x
+    copied = not plans.is_native(args.x, axis)
+    x = plans.in_order(args.x, axis) if copied else args.x
     constants, numbers, blocks = _layout(args, axis, "forward", [x])
     numbers |= _rows(axis, "y", x=x) | _parameters(args)
     launch = kernels.get("causal_conv1d.cu", "causal_conv1d", constants).prepare(blocks, THREADS, numbers)
@@ -168,8 +131,8 @@ def forward(args, wants_final_state):
             _fill_final_state(args, final_state)
         return _wide_forward(args), final_state
     axis, copied, launch = _planned(_plan_forward, args)
-    x = _in_order(args.x, axis) if copied else args.x
-    y = _empty(xp, x.shape, x.dtype, axis)
+    x = plans.in_order(args.x, axis) if copied else args.x
+    y = plans.empty(xp, x.shape, x.dtype, axis)
     launch(
         {
             "x": x, "weight": args.weight, "bias": args.bias, "initial_state": args.initial_state,
@@ -192,26 +155,24 @@ def _fill_final_state(args, final_state):
 def _plan_backward(args, dy, dfinal_state):
     axis = _axis(args.x)
     tensors = {"x": args.x, "dy": dy}
-    copied = tuple(name for name, x in tensors.items() if not _is_native(x, axis))
-    tensors = {name: _in_order(x, axis) if name in copied else x for name, x in tensors.items()}
+    copied = tuple(name for name, x in tensors.items() if not plans.is_native(x, axis))
+    tensors = {name: plans.in_order(x, axis) if name in copied else x for name, x in tensors.items()}
     constants, numbers, blocks = _layout(args, axis, "backward", list(tensors.values()))
     constants["DY_T"] = kernels.C_TYPES[dy.dtype.name]
     numbers |= _rows(axis, "dx", **tensors) | _parameters(args)
-    numbers |= _strides(dfinal_state, dfinal_batch=0, dfinal_dim=1, dfinal_tap=2)
+    numbers |= plans.strides(dfinal_state, dfinal_batch=0, dfinal_dim=1, dfinal_tap=2)
     launch = kernels.get("causal_conv1d_bwd.cu", "causal_conv1d_bwd", constants).prepare(blocks, THREADS, numbers)
     count = args.batch * numbers["splits"]
     return axis, copied, count, launch, _sum(args, count)
 
 
 def _sum(args, count):
-    """Launch that adds up `count` parts (width then bias, dim)."""
-    size = (args.width + (args.bias is not None)) * args.dim
-    unused = dict.fromkeys(("rows", "columns", "out_outer", "out_column", "out_row", "out_real", "out_groups", "out_group"), 0)
-    shares = 1 if count <= 16 else 32
-    real, out = (kernels.C_TYPES[dtype.name] for dtype in (arrays.compute_dtype(args.x.dtype), args.weight.dtype))
-    constants = {"REAL": real, "OUT_T": out, "REALS": 1, "SHARES": shares}
-    kernel = kernels.get("sum_parts.cu", "sum_parts", constants)
-    return kernel.prepare(-(-size * shares // 256), 256, unused | {"count": count, "size": size})
+    """Launch that adds up `count` parts (width then bias, dim): dweight is (dim, width)."""
+    real, stride = arrays.compute_dtype(args.x.dtype).name, (args.width + (args.bias is not None)) * args.dim
+    sums = [plans.Sum(args.weight.dtype.name, count, args.dim, rows=args.width, stride=stride)]
+    if args.bias is not None:
+        sums.append(plans.Sum(args.bias.dtype.name, count, args.dim, stride=stride))
+    return plans.sums_of_parts(real, tuple(sums))
 
 
 def backward(args, dy, dfinal_state):
@@ -228,7 +189,7 @@ def backward(args, dy, dfinal_state):
     -------
     CausalConv1dGrads
     """
-    xp, args, dfinal_state = args.xp, _whole(args), _in_elements(dfinal_state)
+    xp, args, dfinal_state = args.xp, _whole(args), plans.whole(dfinal_state)
     shape = (args.batch, args.dim, args.width - 1)
     dinitial_state = None if args.initial_state is None else xp.empty(shape, args.x.dtype)
     if args.x.size == 0:
@@ -246,14 +207,17 @@ def backward(args, dy, dfinal_state):
     else:
         axis, copied, count, launch, launch_sum = _planned(_plan_backward, args, dy, dfinal_state)
         tensors = {"x": args.x, "dy": dy}
-        given |= {name: _in_order(x, axis) if name in copied else x for name, x in tensors.items()}
-        dx = _empty(xp, args.x.shape, args.x.dtype, axis)
+        given |= {name: plans.in_order(x, axis) if name in copied else x for name, x in tensors.items()}
+        dx = plans.empty(xp, args.x.shape, args.x.dtype, axis)
         parts = xp.empty((count, rows, args.dim), real)
         launch(given | {"dx": dx, "parts": parts})
-    sums = xp.empty((rows, args.dim), args.weight.dtype)
-    launch_sum({"parts": parts, "out": sums})
-    dweight = xp.ascontiguousarray(sums[: args.width].T)  # (width, dim) -> (dim, width)
-    return CausalConv1dGrads(dx, dweight, None if args.bias is None else sums[args.width], dinitial_state)
+    dweight, dbias = xp.empty(args.weight.shape, args.weight.dtype), None
+    pairs = [(parts, dweight)]
+    if args.bias is not None:
+        dbias = xp.empty(args.bias.shape, args.bias.dtype)
+        pairs.append((parts[:, args.width], dbias))
+    launch_sum(pairs)
+    return CausalConv1dGrads(dx, dweight, dbias, dinitial_state)
 
 
 # ---------------------------------------------------------------------------------------------------- any width
@@ -276,8 +240,8 @@ def _wide(args, x, dy=None, dfinal_state=None):
     numbers = {"batch": args.batch, "dim": args.dim, "length": args.length, "width": args.width, "steps": STEPS_OF_A_SUM}
     numbers |= {"splits": -(-args.length // STEPS_OF_A_SUM), "y_batch": args.dim * args.length}
     numbers |= {"y_dim": args.length if axis == 2 else 1, "y_time": 1 if axis == 2 else args.dim}
-    numbers |= _strides(x, x_batch=0, x_dim=1, x_time=2) | _strides(dy, dy_batch=0, dy_dim=1, dy_time=2)
-    numbers |= _parameters(args) | _strides(dfinal_state, dfinal_batch=0, dfinal_dim=1, dfinal_tap=2)
+    numbers |= plans.strides(x, x_batch=0, x_dim=1, x_time=2) | plans.strides(dy, dy_batch=0, dy_dim=1, dy_time=2)
+    numbers |= _parameters(args) | plans.strides(dfinal_state, dfinal_batch=0, dfinal_dim=1, dfinal_tap=2)
 
     def prepare(name, threads):
         return kernels.get("causal_conv1d_wide.cu", name, constants).prepare(-(-threads // THREADS), THREADS, numbers)
@@ -289,9 +253,9 @@ _NONE = dict.fromkeys(("dy", "dfinal_state", "y", "dx", "dinitial_state", "dp", 
 
 
 def _wide_forward(args):
-    xp, x = args.xp, _in_elements(args.x)
+    xp, x = args.xp, plans.whole(args.x)
     axis, _, prepare = _wide(args, x)
-    y = _empty(xp, x.shape, x.dtype, axis)
+    y = plans.empty(xp, x.shape, x.dtype, axis)
     if x.size:
         given = {"x": x, "weight": args.weight, "bias": args.bias, "initial_state": args.initial_state, "y": y}
         prepare("causal_conv1d_wide", x.size)(_NONE | given)
@@ -300,10 +264,10 @@ def _wide_forward(args):
 
 def _wide_backward(args, dy, dfinal_state, given):
     """dx, the parts of dweight and dbias, and the launch that adds them up."""
-    xp, x, dy = args.xp, _in_elements(args.x), _in_elements(dy)
+    xp, x, dy = args.xp, plans.whole(args.x), plans.whole(dy)
     axis, splits, prepare = _wide(args, x, dy, dfinal_state)
     real, rows = arrays.compute_dtype(x.dtype), args.width + (args.bias is not None)
-    dx, dp = _empty(xp, x.shape, x.dtype, axis), _empty(xp, x.shape, real, axis)
+    dx, dp = plans.empty(xp, x.shape, x.dtype, axis), plans.empty(xp, x.shape, real, axis)
     parts = xp.empty((args.batch * splits, rows, args.dim), real)
     given = _NONE | given | {"x": x, "dy": dy, "dx": dx, "dp": dp, "parts": parts}
     prepare("wide_dp", x.size)(given)
@@ -313,8 +277,7 @@ def _wide_backward(args, dy, dfinal_state, given):
 
 
 # ---------------------------------------------------------------------------------------------------- one step
-def _plan_update(args, state, x, weight, bias):
-    silu, width = args
+def _plan_update(state, x, weight, bias, silu, width):
     constants = {
         "X_T": kernels.C_TYPES[x.dtype.name],
         "W_T": kernels.C_TYPES[weight.dtype.name],
@@ -322,8 +285,9 @@ def _plan_update(args, state, x, weight, bias):
         "REVERSE": 0,
         "WIDTH": width,
     }
-    numbers = {"batch": x.shape[0], "dim": x.shape[1], **_strides(x, x_batch=0, x_dim=1), **_strides(bias, bias_dim=0)}
-    numbers |= _strides(state, state_batch=0, state_dim=1, state_tap=2) | _strides(weight, weight_dim=0, weight_tap=1)
+    numbers = {"batch": x.shape[0], "dim": x.shape[1]}
+    numbers |= plans.strides(x, x_batch=0, x_dim=1) | plans.strides(bias, bias_dim=0)
+    numbers |= plans.strides(state, state_batch=0, state_dim=1, state_tap=2) | plans.strides(weight, weight_dim=0, weight_tap=1)
     kernel = kernels.get("causal_conv1d_update.cu", "causal_conv1d_update", constants)
     return kernel.prepare(-(-x.size // THREADS), THREADS, numbers)
 
@@ -332,8 +296,8 @@ def update(xp, state, x, weight, bias, silu, width):
     """One step; `state` is shifted in place. Arguments have passed `checks_conv.causal_conv1d_update`."""
     y = xp.empty(x.shape, x.dtype)
     if x.size:
-        x, weight, bias, here = (_in_elements(a) for a in (x, weight, bias, state))
-        launch = _planned(_plan_update, (silu, width), here, x, weight, bias)
+        x, weight, bias, here = (plans.whole(a) for a in (x, weight, bias, state))
+        launch = plans.planned(_plan_update, (here, x, weight, bias, silu, width), (here, x, weight, bias), (silu,))
         launch({"state": here, "x": x, "weight": weight, "bias": bias, "y": y})
         if here is not state:
             state[...] = here

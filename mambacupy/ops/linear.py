@@ -8,7 +8,7 @@ cuda_src/embedding.cu.
 """
 
 from mambacupy import arrays, checks_dense, kernels
-from mambacupy.ops import rows
+from mambacupy.ops import plans, rows
 from mambacupy.reference import linear as reference
 from mambacupy.reference.linear import EmbeddingGrads, EmbeddingSaved, LinearGrads, LinearSaved
 
@@ -193,7 +193,7 @@ def _embedding_forward(xp, tokens, weight, y):
     given = _UNUSED | {"tokens": tokens, "weight": weight, "y": y}
     blocks = -(-tokens.size * (dim // vector) // 256)
     constants = _constants(0, vector, tokens, weight.dtype, weight.dtype)
-    rows.launch("embedding.cu", "embedding_fwd", constants, blocks, 256, numbers, given)
+    plans.prepared("embedding.cu", "embedding_fwd", constants, blocks, 256, numbers)(given)
 
 
 def _embedding_backward(xp, dy, saved, dweight):
@@ -213,7 +213,7 @@ def _embedding_backward(xp, dy, saved, dweight):
     blocks = -(-chunks * (dim // vector) // 256)
     constants = _constants(1, vector, tokens, saved.dtype, dy.dtype)
     for name in ("embedding_bwd", "embedding_join"):
-        rows.launch("embedding.cu", name, constants, blocks, 256, numbers, _UNUSED | given)
+        plans.prepared("embedding.cu", name, constants, blocks, 256, numbers)(_UNUSED | given)
 
 
 _UNUSED = dict.fromkeys(("tokens", "weight", "y", "dy", "order", "dweight", "heads", "tails"))
@@ -224,7 +224,7 @@ def _plain(xp, tokens):
     tokens = tokens.ravel()  # (...) -> (count,)
     if tokens.dtype.name not in _INTEGERS:
         tokens = tokens.astype("int64")
-    return xp.ascontiguousarray(tokens)
+    return rows.contiguous(xp, tokens)
 
 
 _INTEGERS = {"int32": "int", "int64": "long long"}

@@ -6,7 +6,7 @@ NumPy arrays run `mambacupy.reference.loss`; CuPy arrays run cuda_src/cross_entr
 """
 
 from mambacupy import arrays, checks_dense, kernels
-from mambacupy.ops import rows
+from mambacupy.ops import plans, rows
 from mambacupy.reference import loss as reference
 from mambacupy.reference.loss import CrossEntropyGrads, CrossEntropySaved
 
@@ -110,8 +110,8 @@ def _two_strides(x):
 def _launch(xp, name, logits, targets, ignore_index, given):
     vocabulary = logits.shape[-1]
     strides = _two_strides(logits)
-    if strides is None:
-        logits, strides = xp.ascontiguousarray(logits), (1, vocabulary, 0)
+    if strides is None or not plans.is_whole(logits):
+        logits, strides = logits.copy(), (1, vocabulary, 0)
     targets = targets.ravel()  # (...) -> (rows,)
     if targets.dtype.name not in _INTEGERS:
         targets = targets.astype("int64")
@@ -130,8 +130,8 @@ def _launch(xp, name, logits, targets, ignore_index, given):
         "ignore_index": ignore_index,
     }  # fmt: skip
     blocks = 1 if mean else -(-targets.size // (threads // team))
-    given = given | {"logits": logits, "targets": xp.ascontiguousarray(targets)}
-    rows.launch("cross_entropy.cu", name, constants, blocks, threads, numbers, given)
+    given = given | {"logits": logits, "targets": rows.contiguous(xp, targets), "dloss": plans.whole(given["dloss"])}
+    plans.prepared("cross_entropy.cu", name, constants, blocks, threads, numbers)(given)
 
 
 _INTEGERS = {"int32": "int", "int64": "long long"}

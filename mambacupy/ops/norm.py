@@ -10,7 +10,7 @@ run `mambacupy.reference.norm`; CuPy arrays run cuda_src/norm.cu.
 import struct
 
 from mambacupy import arrays, checks_dense, kernels
-from mambacupy.ops import rows
+from mambacupy.ops import plans, rows
 from mambacupy.reference import norm as reference
 from mambacupy.reference.norm import LayerNormGrads, LayerNormSaved, RMSNormGrads, RMSNormSaved
 
@@ -186,7 +186,7 @@ def _forward(args, eps, layer):
         return y, total, mean, rstd
     writes_total = total is not x
     x, x_row = rows.as_rows(xp, x)
-    weight, bias = (None if w is None else xp.ascontiguousarray(w) for w in (weight, bias))
+    weight, bias = (rows.contiguous(xp, w) for w in (weight, bias))
     tensors, residual_row = [(x, x_row), (weight,)], 0
     if residual is not None:
         residual, residual_row = rows.as_rows(xp, residual)
@@ -209,7 +209,7 @@ def _forward(args, eps, layer):
     given = unused | {"x": x, "residual": residual, "weight": weight, "bias": bias, "y": y, "mean": mean, "rstd": rstd}
     given["residual_out"] = total if writes_total else None
     blocks = -(-count // (layout["THREADS"] // layout["TEAM"]))
-    rows.launch("norm.cu", "norm_fwd", constants, blocks, layout["THREADS"], numbers, given)
+    plans.prepared("norm.cu", "norm_fwd", constants, blocks, layout["THREADS"], numbers)(given)
     return y, total, mean, rstd
 
 
@@ -235,7 +235,7 @@ def _backward(xp, saved, mean, bias, dy, dtotal):
 
     total, total_row = rows.as_rows(xp, total)
     dy, dy_row = rows.as_rows(xp, dy)
-    weight_rows = xp.ascontiguousarray(weight)
+    weight_rows = rows.contiguous(xp, weight)
     tensors, dtotal_row = [(total, total_row), (dy, dy_row), (weight_rows,)], 0
     if dtotal is not None:
         dtotal, dtotal_row = rows.as_rows(xp, dtotal)
@@ -263,9 +263,10 @@ def _backward(xp, saved, mean, bias, dy, dtotal):
         "dweight_parts": dweight_parts, "dbias_parts": dbias_parts,
     }  # fmt: skip
     threads = layout["THREADS"]
-    rows.launch("norm.cu", "norm_bwd", constants, parts, threads, numbers, given)
+    plans.prepared("norm.cu", "norm_bwd", constants, parts, threads, numbers)(given)
     if not layout["KEPT"]:
         blocks = parts * -(-dim // (layout["VECTOR"] * threads))
-        rows.launch("norm.cu", "norm_bwd_weight", constants, blocks, threads, numbers, given)
-    dbias = None if bias is None else rows.sum_parts(xp, dbias_parts, bias)
-    return dx, dresidual, rows.sum_parts(xp, dweight_parts, weight), dbias
+        plans.prepared("norm.cu", "norm_bwd_weight", constants, blocks, threads, numbers)(given)
+    pairs = [(dweight_parts, weight)] if bias is None else [(dweight_parts, weight), (dbias_parts, bias)]
+    dweight, dbias = (*rows.sum_parts(xp, *pairs), None)[:2]
+    return dx, dresidual, dweight, dbias

@@ -1,8 +1,9 @@
-"""What operations over the last axis share on a GPU: arrays as rows, the width of an access, and launches made once."""
+"""What operations over the last axis share on a GPU: arrays as rows, the width of an access, and sums over rows."""
 
-import functools
+import math
 
 from mambacupy import kernels
+from mambacupy.ops import plans
 
 
 def row_stride(x):
@@ -29,6 +30,11 @@ def as_rows(xp, x):
     return (x, stride) if stride is not None and not kernels.address(x) % x.itemsize else (x.copy(), x.shape[-1])
 
 
+def contiguous(xp, x):
+    """x, or a contiguous copy where need be; None stays None. An array that is contiguous may still split its elements."""
+    return None if x is None else plans.whole(xp.ascontiguousarray(x))
+
+
 def widest_access(dim, *tensors):
     """Elements moved by one instruction: the most with at most 16 bytes of the narrowest tensor for which rows of `dim` are
     whole packs and all rows begin aligned.
@@ -38,33 +44,16 @@ def widest_access(dim, *tensors):
     dim : int
         Also the row stride of arrays that are yet to be allocated.
     *tensors : (array, int, ...)
-        An array and its strides, in elements.
+        An array of which no element is split, and its strides, in elements.
     """
-    vector = 16 // min(x.itemsize for x, *_ in tensors)
-    while dim % vector or any(
-        (kernels.address(x) % (vector * x.itemsize)) or any(stride % vector for stride in strides) for x, *strides in tensors
-    ):
-        vector //= 2
-    return vector
+    starts = (start for x, *strides in tensors for start in (kernels.address(x) // x.itemsize, *strides))
+    return math.gcd(16 // min(x.itemsize for x, *_ in tensors), dim, *starts)
 
 
-@functools.lru_cache(1024)
-def _prepared(file, name, constants, blocks, threads, numbers):
-    return kernels.get(file, name, dict(constants)).prepare(blocks, threads, dict(numbers))
-
-
-def launch(file, name, constants, blocks, threads, numbers, arrays):
-    """Launch the kernel `name` of a file; what does not change from call to call is made once (kernels.Kernel.prepare)."""
-    _prepared(file, name, tuple(constants.items()), blocks, threads, tuple(numbers.items()))(arrays)
-
-
-def sum_parts(xp, parts, like):
-    """Sum of parts (count, size) over the first axis, in a fixed order, in the shape and dtype of `like`."""
-    count, size = parts.shape
-    out = xp.empty(like.shape, like.dtype)
-    shares = 1 if count <= 16 else 32  # threads that share an output
-    types = {"REAL": kernels.C_TYPES[parts.dtype.name], "OUT_T": kernels.C_TYPES[like.dtype.name], "REALS": 1, "SHARES": shares}
-    unused = dict.fromkeys(("rows", "columns", "out_outer", "out_column", "out_row", "out_real", "out_groups", "out_group"), 0)
-    numbers = {"count": count, "size": size} | unused
-    launch("sum_parts.cu", "sum_parts", types, -(-size * shares // 256), 256, numbers, {"parts": parts, "out": out})
-    return out
+def sum_parts(xp, *pairs):
+    """For each pair (parts, like) the sum of parts (count, size) over the first axis, in a fixed order, in the shape and dtype
+    of `like`. Parts are fresh memory, of one dtype."""
+    sums = tuple(plans.Sum(like.dtype.name, *parts.shape) for parts, like in pairs)
+    outs = [xp.empty(like.shape, like.dtype) for _, like in pairs]
+    plans.sums_of_parts(pairs[0][0].dtype.name, sums)([(parts, out) for (parts, _), out in zip(pairs, outs, strict=True)])
+    return outs

@@ -189,6 +189,8 @@ def _scan(
         return y, last_state, None
     with args.u.device:
         y, last_state, states = scan_kernels.forward(args, delta_softplus, reverse, save)
+    if not save:
+        return y, last_state, None
     saved = SelectiveScanSaved(
         u, delta, A, B, C, D, z, delta_bias, initial_state, states, delta_softplus, reverse, discretization
     )

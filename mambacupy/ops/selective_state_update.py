@@ -7,9 +7,9 @@ after "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (Gu & D
 """
 
 from mambacupy import arrays, checks_conv, kernels
-from mambacupy.ops.conv_kernels import THREADS, _in_elements, _planned
+from mambacupy.ops import plans
+from mambacupy.ops.conv_kernels import THREADS
 from mambacupy.ops.mapping import power_of_two
-from mambacupy.ops.scan_kernels import _strides
 from mambacupy.reference import state_update as reference
 
 __all__ = ["selective_state_update"]
@@ -69,8 +69,9 @@ def _on_gpu(args, dt_softplus):
     y = args.xp.empty(args.x.shape, args.x.dtype)
     if args.x.size == 0:
         return y
-    given = {name: _in_elements(getattr(args, name)) for name in _ARRAYS}
-    _planned(_plan, args._replace(**given), dt_softplus)(given | {"y": y})
+    given = {name: plans.whole(getattr(args, name)) for name in _ARRAYS}
+    launch = plans.planned(_plan, (args._replace(**given), dt_softplus), given.values(), (dt_softplus,))
+    launch(given | {"y": y})
     if given["state"] is not args.state:
         args.state[...] = given["state"]
     return y
@@ -98,17 +99,17 @@ def _plan(args, dt_softplus):
         "span_of_B": args.dim // args.B.shape[1],
         "span_of_C": args.dim // args.C.shape[1],
         "dt_softplus": int(dt_softplus),
-        **_strides(args.x, x_batch=0, x_dim=1),
-        **_strides(args.dt, dt_batch=0, dt_dim=1),
-        **_strides(args.z, z_batch=0, z_dim=1),
-        **_strides(args.D, D_dim=0),
-        **_strides(args.dt_bias, bias_dim=0),
+        **plans.strides(args.x, x_batch=0, x_dim=1),
+        **plans.strides(args.dt, dt_batch=0, dt_dim=1),
+        **plans.strides(args.z, z_batch=0, z_dim=1),
+        **plans.strides(args.D, D_dim=0),
+        **plans.strides(args.dt_bias, bias_dim=0),
     }
     of_states = {
-        **_strides(args.state, state_batch=0, state_dim=1, state_n=2),
-        **_strides(args.A, A_dim=0, A_n=1),
-        **_strides(args.B, B_batch=0, B_group=1, B_n=2),
-        **_strides(args.C, C_batch=0, C_group=1, C_n=2),
+        **plans.strides(args.state, state_batch=0, state_dim=1, state_n=2),
+        **plans.strides(args.A, A_dim=0, A_n=1),
+        **plans.strides(args.B, B_batch=0, B_group=1, B_n=2),
+        **plans.strides(args.C, C_batch=0, C_group=1, C_n=2),
     }
     numbers |= {name: stride * reals for name, stride in of_states.items()}
     threads = args.batch * args.dim * lanes
