@@ -2,7 +2,7 @@
 //
 // Policy
 //   - No header is included, neither ours nor NVIDIA's: a kernel is one text, compiled by NVRTC alone in well under a second.
-//   - Every inline PTX of the project stands in this file, each with a plain C++ twin for hosts and emulators.
+//   - Inline PTX stands in this file, and in decode.cuh what generation alone needs, each with a plain C++ twin for emulators.
 //   - Arithmetic is float (double when the tensors are double). 16-bit types are storage only.
 //
 // Glossary, the same in Python, CUDA and documentation
@@ -185,23 +185,6 @@ template <typename R>
 DEVICE R sigmoid(R x) { return reciprocal(R(1) + exp2_fast(x * R(-LOG2_E))); }
 DEVICE double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
 
-// sin and cos of the exact product step·A, reduced by multiples of pi/2 in two parts; error 1e-7 for angles up to
-// 1e5.
-DEVICE void sincos_product(float step, float A, float& sine, float& cosine) {
-    float x = step * A;
-    float lost = fmaf(step, A, -x);                                    // what the rounding of the product dropped
-    float q = rintf(x * 0.636619772f);
-    float r = fmaf(q, 4.37113883e-8f, fmaf(q, -1.57079637f, x)) + lost, s = r * r;            // |r| <= pi/4
-    float p = fmaf(r * s, fmaf(s, fmaf(s, -1.9515295891e-4f, 8.3321608736e-3f), -1.6666654611e-1f), r);
-    float c = fmaf(s * s, fmaf(s, fmaf(s, 2.443315711809948e-5f, -1.388731625493765e-3f), 4.166664568298827e-2f),
-                   fmaf(s, -0.5f, 1.0f));
-    int k = (int)(q - 4.0f * floorf(0.25f * q));                       // quarter turns, 0 to 3
-    float a = (k & 1) ? c : p, b = (k & 1) ? p : c;
-    sine = (k & 2) ? -a : a;
-    cosine = ((k + 1) & 2) ? -b : b;
-}
-DEVICE void sincos_product(double step, double A, double& sine, double& cosine) { sincos(step * A, &sine, &cosine); }
-
 // sum += x, with what rounding drops kept in `lost` and put back the next time (Kahan's summation).
 template <typename R> DEVICE void add_exactly(R& sum, R& lost, R x) {
     R y = x - lost, next = sum + y;
@@ -233,6 +216,10 @@ DEVICE bool is_zero(float a) { return a == 0; }
 DEVICE bool is_zero(double a) { return a == 0; }
 template <typename R> DEVICE bool is_zero(Complex<R> a) { return a.re == 0 && a.im == 0; }
 
+DEVICE float real_part(float a) { return a; }
+DEVICE double real_part(double a) { return a; }
+template <typename R> DEVICE R real_part(Complex<R> a) { return a.re; }
+
 DEVICE float conj(float a) { return a; }
 DEVICE double conj(double a) { return a; }
 
@@ -248,11 +235,24 @@ template <typename R> DEVICE Complex<R> rate_of(Complex<R> A) { return {A.re * R
 // memory of a state. What is added to the exponent takes out most of it, and is too little to move the decay of a step of 0.
 DEVICE float decay(float step, float rate) { return exp2_fast(fmaf(step, rate, 2e-8f)); }
 DEVICE double decay(double step, double rate) { return exp2_fast(step * rate); }
-template <typename R> DEVICE Complex<R> decay(R step, Complex<R> rate) {
-    R magnitude = decay(step, rate.re), sine, cosine;
-    sincos_product(step, rate.im, sine, cosine);
+// magnitude·e^(i·step·A). The angle is the exact product, less q·pi with q a whole number: what is left is at most pi/2, and an odd
+// q turns the sign. Minimax polynomials of sine and cosine, error 1e-7 for angles up to 2e4.
+DEVICE Complex<float> turned(float magnitude, float step, float A) {
+    const float nearest = 12582912.0f;                                 // 1.5·2^23: adding it rounds to an integer
+    const float shifted = fmaf(step * A, 0.318309886f, nearest), q = shifted - nearest;
+    const float r = fmaf(q, -9.67653585e-4f, fmaf(step, A, q * -3.140625f)), s = r * r;       // q·3.140625 is exact
+    const float sine = fmaf(r * s, fmaf(fmaf(fmaf(2.5988586e-6f, s, -1.98060327e-4f), s, 8.33300874e-3f), s, -1.66666567e-1f), r);
+    float cosine = fmaf(fmaf(-2.62090168e-7f, s, 2.47701792e-5f), s, -1.38885854e-3f);
+    cosine = fmaf(fmaf(fmaf(cosine, s, 4.16666567e-2f), s, -0.5f), s, 1.0f);
+    magnitude = __uint_as_float(__float_as_uint(magnitude) ^ (__float_as_uint(shifted) << 31));
     return {magnitude * cosine, magnitude * sine};
 }
+DEVICE Complex<double> turned(double magnitude, double step, double A) {
+    double sine, cosine;
+    sincos(step * A, &sine, &cosine);
+    return {magnitude * cosine, magnitude * sine};
+}
+template <typename R> DEVICE Complex<R> decay(R step, Complex<R> rate) { return turned(decay(step, rate.re), step, rate.im); }
 
 // phi(a) = (e^a - 1)/a, the factor by which exact zero-order hold differs from Euler; e^a comes along as `exp_a`.
 // Near 0 the quotient loses its digits, so a series takes over for |a| < 1/2.

@@ -15,19 +15,24 @@
 // Few channels and long sequences: time is cut into parts, and a first launch with CARRIES_ONLY runs [1] alone (tile.cuh).
 //
 // Sums over time are kept in two levels, a chunk's and the total, so that rounding does not grow with the length.
-// No atomics: dB and dC are summed over a warp by exchange, over warps in shared memory, and over blocks by sum_parts.cu; dA,
+// No atomics: dB and dC are summed over a warp and then over warps through shared memory, and over blocks by sum_parts.cu; dA,
 // dD and ddelta_bias over time by their threads, and over the batch by sum_parts.cu. Every order is fixed.
 //
 // Compile-time, besides tile.cuh's: CARRIES_ONLY DY_T ZOH SHARED_BYTES BLOCKS_PER_SM.
+#define COEFFICIENT_PADDING 8
 #include "tile.cuh"
 
 constexpr int SEGMENT = 8, SEGMENTS = CHUNK / SEGMENT;                 // steps whose Ā and h a lane holds at once
 constexpr int WARPS = THREADS / 32;
-constexpr bool SUMS_OVER_CHANNELS = B_VARIES || C_VARIES;
-constexpr int EXCHANGED = SEGMENT * SLOTS * 2;                         // dB and dC of a segment in one lane
+constexpr int KINDS = B_VARIES + C_VARIES;                             // which of dB and dC are summed over channels
+constexpr int WARP_GROUPS = 32 / LANES;                                // lane groups of a warp
+constexpr int WIDE = 16 / sizeof(real) < STATES * REALS ? 16 / sizeof(real) : STATES * REALS;              // numbers in an access
+constexpr int COLUMNS = KINDS > 0 ? KINDS * STATES * REALS : WIDE;     // numbers of a step that are summed over channels
+constexpr int COLUMN_STEPS = SEGMENT / 2;                              // steps between two such sums over a warp
+constexpr int SUM_BUFFERS = COLUMNS <= 64 ? 2 : 1;                     // with one, all threads wait for each other twice as often
 constexpr int SHARERS = THREADS / BLOCK_CHANNELS;                      // threads that sum one channel over time
 static_assert(TILE == CHUNK, "a tile is a chunk");
-static_assert(TILE % (4 * SHARERS) == 0, "threads of a channel share its steps evenly");
+static_assert(TILE % (2 * SHARERS) == 0, "threads of a channel share its steps evenly");
 static_assert(BLOCK_CHANNELS <= THREADS, "a thread sums at most one channel over time");
 static_assert(CHANNELS == 1 || LANES > 1, "two channels are told apart by neighbouring lanes");
 
@@ -36,11 +41,14 @@ struct alignas(2 * sizeof(real)) Step { real dt, x; };                 // Δ, an
 struct Shared {
     Step steps[TILE][BLOCK_CHANNELS];                                  // after the backward step: Σ_n λ·B and Σ_n λ·A·Ā·h
     real gates[TILE][BLOCK_CHANNELS];                                  // gy; after the backward step: Σ_n C·h
-    state_t starts[SEGMENTS][CHANNELS][SLOTS][THREADS];                // h before each segment; every thread reads its own
+    state_t starts[SEGMENTS - 1][CHANNELS][SLOTS][THREADS];            // h before each segment; every thread reads its own
     state_t B[B_VARIES ? TILE * COEFFICIENT_PITCH : 1], C[C_VARIES ? TILE * COEFFICIENT_PITCH : 1];
-    state_t warp_sums[2][WARPS][SUMS_OVER_CHANNELS ? SEGMENT : 1][2][STATES];                 // double-buffered
-    state_t totals[1 + !B_VARIES + !C_VARIES][CHANNELS][SLOTS][THREADS];                      // dA, constant dB and dC so far
+    alignas(16) real columns[WARPS][COLUMN_STEPS][WARP_GROUPS][COLUMNS];                      // dB and dC of each lane group,
+    alignas(16) real warp_sums[SUM_BUFFERS][WARPS][SEGMENT][COLUMNS];                         // and of each warp
+    struct TimeSums { real dD, dD_lost, dbias, dbias_lost; } sums[THREADS];                   // of channel thread % BLOCK_CHANNELS
     real skip[BLOCK_CHANNELS], bias[BLOCK_CHANNELS];
+    Block block;
+    Split time;
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "SHARED_BYTES is computed in ops/mapping.py");
 
@@ -72,41 +80,57 @@ DEVICE double A_for_sum(double rate) { return rate; }
 template <typename R> DEVICE Complex<R> A_for_sum(Complex<R> rate) { return {rate.re * R(1 / LOG2_E), rate.im}; }
 constexpr real A_UNIT = ZOH || COMPLEX ? 1 : 1 / LOG2_E;
 
-// Sum over the lane groups of a warp. Of its `count` values a lane keeps 1 of every (32 / LANES), at the front; which ones
-// is told by `first`, the index of v[0] in the lane's share.
-template <int COUNT>
-DEVICE int exchange(real (&v)[COUNT]) {
-    int first = 0, count = COUNT;
+template <int COUNT> struct alignas(COUNT * sizeof(real)) Wide { real at[COUNT]; };
+template <int COUNT> DEVICE Wide<COUNT> operator+(Wide<COUNT> a, Wide<COUNT> b) {
 #pragma unroll
-    for (int offset = 16; offset >= LANES; offset /= 2) {
-        const bool upper = threadIdx.x & offset;
-        if (count == 1) { v[0] += __shfl_xor_sync(~0u, v[0], offset); continue; }
-        count /= 2;
+    for (int i = 0; i < COUNT; ++i) a.at[i] += b.at[i];
+    return a;
+}
+
+// Where a lane group leaves its share of kind 0 or 1. Groups take turns in which kind comes first: two that write at once would
+// else meet in the same banks.
+DEVICE constexpr int column_of(int kind, int group) { return (kind ^ (group & (KINDS - 1))) * STATES * REALS; }
+
+// COLUMN_STEPS steps of the columns of this warp, summed over its lane groups.
+DEVICE void sum_columns(const real (&columns)[COLUMN_STEPS][WARP_GROUPS][COLUMNS], real (*sums)[COLUMNS]) {
+    constexpr int ROW = COLUMNS / WIDE, ALL = COLUMN_STEPS * ROW;      // accesses to a step, and to all
+    constexpr int SHARERS = ALL < 32 ? 32 / ALL : 1, OWN = WARP_GROUPS / SHARERS;             // lanes that share a sum
+    const int lane = threadIdx.x % 32;
 #pragma unroll
-        for (int i = 0; i < COUNT; ++i) {
-            if (i >= count) continue;
-            real keep = upper ? v[i + count] : v[i], give = upper ? v[i] : v[i + count];
-            v[i] = keep + __shfl_xor_sync(~0u, give, offset);
+    for (int k = 0; k < (ALL + 31) / 32; ++k) {
+        const int index = lane % ALL + k * 32, step = index / ROW, first = index % ROW * WIDE, share = lane / ALL * OWN;
+        const int kind = first / (STATES * REALS), within = first % (STATES * REALS);
+        Wide<WIDE> sum = *reinterpret_cast<const Wide<WIDE>*>(&columns[step][share][column_of(kind, share) + within]);
+#pragma unroll
+        for (int i = 1; i < OWN; ++i)
+            sum = sum + *reinterpret_cast<const Wide<WIDE>*>(&columns[step][share + i][column_of(kind, share + i) + within]);
+#pragma unroll
+        for (int offset = ALL; offset < 32; offset *= 2) {
+#pragma unroll
+            for (int i = 0; i < WIDE; ++i) sum.at[i] += __shfl_xor_sync(~0u, sum.at[i], offset);
         }
-        if (upper) first += count;
+        *reinterpret_cast<Wide<WIDE>*>(&sums[step][first]) = sum;
     }
-    return first;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_scan_bwd(const Params p) {
     extern __shared__ __align__(16) char shared_bytes[];
     Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
 
-    const Block block(p.first_block + blockIdx.x, p.splits, p.span, p.blocks_per_span, p.blocks_per_batch);
-    const Split time(block.split, p.splits, p.length);
-    const long long b = block.b, c0 = block.c0, batch_split = b * p.splits + block.split;
-    const int channels = block.channels;
+    if (threadIdx.x == 0) {
+        shared.block = Block(p.first_block + blockIdx.x, p.splits, p.span, p.blocks_per_span, p.blocks_per_batch);
+        shared.time = Split(shared.block.split, p.splits, p.length);
+    }
+    __syncthreads();
+    const Block& block = shared.block;
+    const Split& time = shared.time;
+    const long long &b = block.b, &c0 = block.c0;
+    const int& channels = block.channels;
+    auto part_of_time = [&] { return b * p.splits + block.split; };                     // over all batch entries
     Coefficient<B_T> B = {p.B, p.B_state, p.B_time, p.B_imag};
     Coefficient<C_T> C = {p.C, p.C_state, p.C_time, p.C_imag};
     if (B_VARIES) B.base += b * p.B_batch + c0 / (p.dim / p.groups_of_B) * p.B_group;
     if (C_VARIES) C.base += b * p.C_batch + c0 / (p.dim / p.groups_of_C) * p.C_group;
-
-    const long long chunks = (p.length + CHUNK - 1) / CHUNK;
 
     // ------------------------------------------------------------------------------------------ what a lane keeps
     const int lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
@@ -115,7 +139,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
     auto channel = [&](int k) { return CHANNELS == 2 ? group * 2 + (k ^ (lane & 1)) : group; };
     state_t rate[CHANNELS][SLOTS], A_kept[CHANNELS][SLOTS], B_kept[CHANNELS][SLOTS], C_kept[CHANNELS][SLOTS];
     state_t carry[CHANNELS][SLOTS], dA[CHANNELS][SLOTS], dB_kept[CHANNELS][SLOTS], dC_kept[CHANNELS][SLOTS];   // of a chunk
-    constexpr int OF_B = 1, OF_C = 1 + !B_VARIES;                      // in shared.totals
     auto for_states = [&](auto&& body) {                               // body(k, i, channel, state) for those that exist
 #pragma unroll
         for (int k = 0; k < CHANNELS; ++k) {
@@ -136,17 +159,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
         if (!B_VARIES) B_kept[k][i] = reinterpret_cast<const state_t*>(p.B)[c * p.B_group + n * p.B_state];
         if (!C_VARIES) C_kept[k][i] = reinterpret_cast<const state_t*>(p.C)[c * p.C_group + n * p.C_state];
         if (CARRIES_ONLY) return;
-        if (p.splits > 1) carry[k][i] = p.carries[(batch_split * p.dim + c) * p.state_total + n];
+        const long long at = (part_of_time() * p.dim + c) * p.state_total + n;
+        p.dA_parts[at] = {};
+        if (!B_VARIES) p.dB_parts[at] = {};
+        if (!C_VARIES) p.dC_parts[at] = {};
+        if (p.splits > 1) carry[k][i] = p.carries[at];
         else if (p.dlast_state) carry[k][i] = p.dlast_state[b * p.dlast_batch + c * p.dlast_dim + n * p.dlast_state_stride];
     });
 #pragma unroll
     for (int k = 0; k < CHANNELS; ++k) {
 #pragma unroll
-        for (int i = 0; i < SLOTS; ++i) {
-            rate[k][i] = rate_of(A_kept[k][i]);
-#pragma unroll
-            for (int j = 0; j < 1 + !B_VARIES + !C_VARIES; ++j) shared.totals[j][k][i][threadIdx.x] = {};
-        }
+        for (int i = 0; i < SLOTS; ++i) rate[k][i] = rate_of(A_kept[k][i]);
     }
     for (int c = threadIdx.x; c < BLOCK_CHANNELS; c += THREADS) {
         shared.skip[c] = p.D && c < channels ? p.D[(c0 + c) * p.D_dim] : real(0);
@@ -158,7 +181,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
     auto load = [&](int k, long long t0, int steps) {                  // item k of the tile that begins at t0
         const Item item(k, channels, steps);
         auto from = [&](auto* x, long long batch, long long row) {
-            return x + recomputed(b) * batch + tile_offset(t0, c0, row) + item.offset(row);
+            return x + b * batch + tile_offset(t0, c0, row) + item.offset(row);
         };
         Tensors x;
         x.u = load_pack<element, VECTOR>(from(p.u, p.u_batch, p.u_row), item.valid);
@@ -174,7 +197,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
             const int row = i / LINES, at = i % LINES * LINE, c = TIME_CONTIGUOUS ? row : at, t = TIME_CONTIGUOUS ? at : row;
             if (c >= channels || t0 + t >= p.length) continue;
             auto from = [&](auto* x, long long batch, long long stride) {
-                return x + recomputed(b) * batch + tile_offset(t0 + t, c0 + c, stride);
+                return x + b * batch + tile_offset(t0 + t, c0 + c, stride);
             };
             prefetch(from(p.u, p.u_batch, p.u_row));
             prefetch(from(p.delta, p.delta_batch, p.delta_row));
@@ -183,16 +206,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
         }
     };
 
-    real total[CHANNELS] = {};                                         // Σ Δ
-    real dD = 0, dbias = 0, dD_lost = 0, dbias_lost = 0;               // of channel threadIdx.x % BLOCK_CHANNELS
+    // dB and dC of a block are stored by wide accesses where the caller's number of states allows.
+    const bool parts_are_wide = p.state == STATES && p.state_total * REALS % WIDE == 0 &&
+        ((size_t)p.dB_parts | (size_t)p.dC_parts) % sizeof(Wide<WIDE>) == 0;
+    Memory<CHANNELS> memory;
+    if (CARRIES_ONLY) for_states([&](int k, int i, long long, int) { memory.add_state(k, real_part(rate[k][i])); });
+    auto& time_sums = shared.sums[threadIdx.x];                        // in shared memory, as registers are scarce
+    time_sums = {};
+    // Entries of step j of the segment that begins at t. All rows of an item lie in the order of its first, which is known sooner.
+    auto step_at = [&](unsigned t, int j, int k) -> Step& {
+        return (&shared.steps[t][column<sizeof(Step)>(channel(k), t + row_of_column(j))])[j * BLOCK_CHANNELS];
+    };
+    auto gate_at = [&](unsigned t, int j, int k) -> real& {
+        return (&shared.gates[t][column<sizeof(real)>(channel(k), t + row_of_column(j))])[j * BLOCK_CHANNELS];
+    };
     // One step forwards: Ā of every state, and h advanced.
-    auto advance = [&](int t, state_t (&h)[CHANNELS][SLOTS], state_t (&a)[CHANNELS][SLOTS]) {
+    auto advance = [&](int t, int j, state_t (&h)[CHANNELS][SLOTS], state_t (&a)[CHANNELS][SLOTS]) {
         state_t Bt[SLOTS];
 #pragma unroll
-        for (int i = 0; i < SLOTS; ++i) if (B_VARIES) Bt[i] = shared.B[t * COEFFICIENT_PITCH + lane * SLOTS + i];
+        for (int i = 0; i < SLOTS; ++i) if (B_VARIES) Bt[i] = shared.B[(t + j) * COEFFICIENT_PITCH + lane * SLOTS + i];
 #pragma unroll
         for (int k = 0; k < CHANNELS; ++k) {
-            Step s = shared.steps[t][column<sizeof(Step)>(channel(k), t)];
+            const Step s = step_at(t, j, k);
 #pragma unroll
             for (int i = 0; i < SLOTS; ++i) {
                 a[k][i] = decay(s.dt, rate[k][i]);
@@ -205,9 +240,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
         }
     };
 
-    constexpr int BACK = REVERSE ? CHUNK : -CHUNK;                     // against the order in which time is walked
-    long long t0 = REVERSE ? time.begin : (time.end - 1) / CHUNK * CHUNK;
-    for (; REVERSE ? t0 < time.end : t0 >= time.begin; t0 += BACK) {
+    constexpr bool FROM_END = REVERSE == CARRIES_ONLY;                 // against time, but for what a part hands on (tile.cuh)
+    constexpr int BACK = FROM_END ? -CHUNK : CHUNK;
+    long long t0 = FROM_END ? (time.end - 1) / CHUNK * CHUNK : time.begin;
+    for (; t0 >= time.begin && t0 < time.end; t0 += BACK) {            // a part may be empty
         const int steps = p.length - t0 < TILE ? (int)(p.length - t0) : TILE;
 
         // -------------------------------------------------------------------------------------- Δ, Δ·u, gy, B and C
@@ -228,39 +264,50 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
             const Tensors now = next;
             if (k + 1 < ITEMS) next = load(k + 1, t0, steps);
             if (!item.in_tile(k)) continue;
+            real dt[VECTOR], gy[VECTOR];                               // loop by loop, so that elements hide each other's latencies
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) dt[j] = to_real(now.delta.get(j)) + shared.bias[item.channel(j)];
+            if (p.delta_softplus) {
+#pragma unroll
+                for (int j = 0; j < VECTOR; ++j) dt[j] = softplus(dt[j]);
+            }
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) gy[j] = to_real(now.dy.get(j));
+            if (p.z) {
+#pragma unroll
+                for (int j = 0; j < VECTOR; ++j) {
+                    const real gate = to_real(now.z.get(j));
+                    gy[j] *= gate * sigmoid(gate);
+                }
+            }
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
-                real dt = to_real(now.delta.get(j)) + shared.bias[item.channel(j)], x = to_real(now.u.get(j));
-                if (p.delta_softplus) dt = softplus(dt);
-                if (j >= item.valid) dt = 0;
-                real gy = to_real(now.dy.get(j));
-                if (p.z) { real gate = to_real(now.z.get(j)); gy *= gate * sigmoid(gate); }
-                shared.steps[item.row(j)][column<sizeof(Step)>(item.channel(j), item.first_row())] = {dt, ZOH ? x : dt * x};
-                shared.gates[item.row(j)][column<sizeof(real)>(item.channel(j), item.first_row())] = gy;
+                const real x = to_real(now.u.get(j)), step = j < item.valid ? dt[j] : real(0);
+                shared.steps[item.row(j)][column<sizeof(Step)>(item.channel(j), item.first_row())] = {step, ZOH ? x : step * x};
+                shared.gates[item.row(j)][column<sizeof(real)>(item.channel(j), item.first_row())] = gy[j];
             }
         }
         __syncthreads();
 
-        if (CARRIES_ONLY) {
+        if (CARRIES_ONLY) {                                            // [1] as a sum: Σ_t conj(exp(A·S_t))·gy_t·conj(C_t), S_t = Σ Δ up to t
 #pragma unroll 4
-            for (int t = TILE - 1; t >= 0; --t) {
+            for (int t = 0; t < TILE; ++t) {
 #pragma unroll
                 for (int k = 0; k < CHANNELS; ++k) {
-                    real dt = shared.steps[t][column<sizeof(Step)>(channel(k), t)].dt;
+                    memory.pass(k, shared.steps[t][column<sizeof(Step)>(channel(k), t)].dt);
                     real gy = shared.gates[t][column<sizeof(real)>(channel(k), t)] * real(COMPLEX ? 2 : 1);
-                    total[k] += dt;
 #pragma unroll
                     for (int i = 0; i < SLOTS; ++i) {
                         state_t Cn = C_VARIES ? shared.C[t * COEFFICIENT_PITCH + lane * SLOTS + i] : C_kept[k][i];
-                        carry[k][i] = conj(decay(dt, rate[k][i])) * (gy * conj(Cn) + carry[k][i]);           // [1]
+                        carry[k][i] = multiply_add(conj(decay(memory.total[k], rate[k][i])), gy * conj(Cn), carry[k][i]);
                     }
                 }
             }
-            __syncthreads();
+            if (__syncthreads_and(p.delta_softplus && memory.is_exhausted())) break;
             continue;
         }
 
-        if (REVERSE ? t0 + BACK < time.end : t0 > time.begin) prefetch_tile(t0 + BACK);
+        if (FROM_END ? t0 > time.begin : t0 + BACK < time.end) prefetch_tile(t0 + BACK);
 
         // -------------------------------------------------------------------------------------- forwards: h of each segment
         state_t h[CHANNELS][SLOTS], a[CHANNELS][SLOTS];
@@ -270,18 +317,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
             for (int i = 0; i < SLOTS; ++i) h[k][i] = dA[k][i] = dB_kept[k][i] = dC_kept[k][i] = {};
         }
         for_states([&](int k, int i, long long c, int n) {
-            h[k][i] = p.states[((recomputed(b) * chunks + t0 / CHUNK) * p.dim + c) * p.state_total + n];
+            const long long chunk = b * ((p.length + CHUNK - 1) / CHUNK) + t0 / CHUNK;
+            h[k][i] = p.states[(chunk * p.dim + c) * p.state_total + n];
         });
 #pragma unroll 1
-        for (int segment = 0; segment < SEGMENTS; ++segment) {
+        for (int segment = 0; segment < SEGMENTS - 1; ++segment) {
 #pragma unroll
             for (int k = 0; k < CHANNELS; ++k) {
 #pragma unroll
                 for (int i = 0; i < SLOTS; ++i) shared.starts[segment][k][i][threadIdx.x] = h[k][i];
             }
-            if (segment == SEGMENTS - 1) break;
 #pragma unroll
-            for (int j = 0; j < SEGMENT; ++j) advance(segment * SEGMENT + j, h, a);
+            for (int j = 0; j < SEGMENT; ++j) advance(segment * SEGMENT, j, h, a);
         }
 
         // -------------------------------------------------------------------------------------- backwards, by segments
@@ -291,7 +338,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
 #pragma unroll
             for (int k = 0; k < CHANNELS; ++k) {
 #pragma unroll
-                for (int i = 0; i < SLOTS; ++i) hs[0][k][i] = shared.starts[segment][k][i][threadIdx.x];
+                for (int i = 0; i < SLOTS; ++i) hs[0][k][i] = h[k][i];
             }
 #pragma unroll
             for (int j = 0; j < SEGMENT; ++j) {
@@ -300,33 +347,48 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
 #pragma unroll
                     for (int i = 0; i < SLOTS; ++i) hs[j + 1][k][i] = hs[j][k][i];
                 }
-                advance(segment * SEGMENT + j, hs[j + 1], as[j]);
+                advance(segment * SEGMENT, j, hs[j + 1], as[j]);
             }
 
-            real sums[EXCHANGED * REALS];                              // [dB, dC][step][slot][re, im]
-#pragma unroll
-            for (int j = SEGMENT - 1; j >= 0; --j) {
-                const int t = segment * SEGMENT + j;
-                state_t Bt[SLOTS], Ct[SLOTS], dB[SLOTS] = {}, dC[SLOTS] = {};
-#pragma unroll
-                for (int i = 0; i < SLOTS; ++i) {
-                    if (B_VARIES) Bt[i] = shared.B[t * COEFFICIENT_PITCH + lane * SLOTS + i];
-                    if (C_VARIES) Ct[i] = shared.C[t * COEFFICIENT_PITCH + lane * SLOTS + i];
-                }
-                real by_B[CHANNELS] = {}, by_A[CHANNELS] = {}, out[CHANNELS] = {};            // Σ_n λ·B, Σ_n λ·A·Ā·h, Σ_n C·h
+            // Reads run a step ahead, and sums over n are written at the end, because a write to shared memory holds back all reads
+            // that follow it.
+            struct Inputs { Step step[CHANNELS]; real gy[CHANNELS]; state_t B[SLOTS], C[SLOTS]; };
+            auto read = [&](int j) {
+                Inputs x;
 #pragma unroll
                 for (int k = 0; k < CHANNELS; ++k) {
-                    Step s = shared.steps[t][column<sizeof(Step)>(channel(k), t)];
-                    real gy = shared.gates[t][column<sizeof(real)>(channel(k), t)] * real(COMPLEX ? 2 : 1);
+                    x.step[k] = step_at(segment * SEGMENT, j, k);
+                    x.gy[k] = gate_at(segment * SEGMENT, j, k);
+                }
+#pragma unroll
+                for (int i = 0; i < SLOTS; ++i) {
+                    if (B_VARIES) x.B[i] = shared.B[(segment * SEGMENT + j) * COEFFICIENT_PITCH + lane * SLOTS + i];
+                    if (C_VARIES) x.C[i] = shared.C[(segment * SEGMENT + j) * COEFFICIENT_PITCH + lane * SLOTS + i];
+                }
+                return x;
+            };
+            struct { real by_B, by_A, out; } sums[SEGMENT];            // over n: Σ λ·B, Σ λ·A·Ā·h, Σ C·h
+            Inputs next_inputs = read(SEGMENT - 1);
+#pragma unroll
+            for (int j = SEGMENT - 1; j >= 0; --j) {
+                const Inputs now = next_inputs;
+                if (j > 0) next_inputs = read(j - 1);
+                alignas(SLOTS * sizeof(state_t)) state_t dB[SLOTS] = {}, dC[SLOTS] = {};
+                real by_B[CHANNELS] = {}, by_A[CHANNELS] = {}, out[CHANNELS] = {};
+#pragma unroll
+                for (int k = 0; k < CHANNELS; ++k) {
+                    const Step s = now.step[k];
+                    const real gy = now.gy[k] * real(COMPLEX ? 2 : 1);
 #pragma unroll
                     for (int i = 0; i < SLOTS; ++i) {
-                        state_t Bn = B_VARIES ? Bt[i] : B_kept[k][i], Cn = C_VARIES ? Ct[i] : C_kept[k][i];
+                        state_t Bn = B_VARIES ? now.B[i] : B_kept[k][i], Cn = C_VARIES ? now.C[i] : C_kept[k][i];
                         state_t a_n = as[j][k][i], h_n = hs[j + 1][k][i];
                         state_t lambda = gy * conj(Cn) + carry[k][i];                         // [1]
                         out[k] = real_product(Cn, h_n, out[k]);
                         state_t dCn = gy * conj(h_n);                                         // [2]
-                        state_t decayed = a_n * hs[j][k][i];                                  // Ā_t·h_{t-1}
+                        carry[k][i] = conj(a_n) * lambda;
 #if ZOH
+                        state_t decayed = a_n * hs[j][k][i];                                  // Ā_t·h_{t-1}
                         state_t angle = s.dt * A_kept[k][i], phi_n = phi(angle, a_n), uB = s.x * Bn;
                         state_t factor = s.dt * phi_n;
                         state_t dBn = s.x * (lambda * conj(factor));                          // [3]
@@ -336,24 +398,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
                         by_B[k] = real_product(lambda, conj(factor * Bn), by_B[k]);           // [6]
 #else
                         state_t dBn = s.x * lambda;                                           // [3]
-                        state_t pulled = lambda * conj(decayed);
+                        state_t pulled = carry[k][i] * conj(hs[j][k][i]);                     // λ_t·Ā_t·h_{t-1}
                         dA[k][i] = s.dt * pulled + dA[k][i];                                  // [4]
                         by_A[k] = real_product(pulled, conj(A_for_sum(rate[k][i])), by_A[k]);      // [5], its part with A
                         by_B[k] = real_product(lambda, conj(Bn), by_B[k]);                    // [5] and [6]
 #endif
-                        carry[k][i] = conj(a_n) * lambda;
                         if (B_VARIES) dB[i] = dB[i] + dBn; else dB_kept[k][i] = dB_kept[k][i] + dBn;
                         if (C_VARIES) dC[i] = dC[i] + dCn; else dC_kept[k][i] = dC_kept[k][i] + dCn;
-                    }
-                }
-                if (SUMS_OVER_CHANNELS) {
-#pragma unroll
-                    for (int i = 0; i < SLOTS; ++i) {
-#pragma unroll
-                        for (int r = 0; r < REALS; ++r) {
-                            sums[(j * SLOTS + i) * REALS + r] = reinterpret_cast<real*>(&dB[i])[r];
-                            sums[((SEGMENT + j) * SLOTS + i) * REALS + r] = reinterpret_cast<real*>(&dC[i])[r];
-                        }
                     }
                 }
                 // The sums over n. After the first exchange every lane has the channel that `channel(0)` names.
@@ -364,50 +415,69 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
                     by_A[0] += __shfl_xor_sync(~0u, by_A[swap], offset);
                     out[0] += __shfl_xor_sync(~0u, out[swap], offset);
                 }
-                __syncwarp();                                          // all lanes have read the entry
-                if (lane < CHANNELS) {
-                    shared.steps[t][column<sizeof(Step)>(channel(0), t)] = {by_B[0], by_A[0] * A_UNIT};
-                    shared.gates[t][column<sizeof(real)>(channel(0), t)] = out[0];
+                sums[j] = {by_B[0], by_A[0] * A_UNIT, out[0]};
+                if (KINDS > 0) {
+                    auto& columns = shared.columns[threadIdx.x / 32];
+                    real* mine = &columns[j % COLUMN_STEPS][group % WARP_GROUPS][lane * SLOTS * REALS];
+                    typedef Wide<SLOTS * REALS> Share;
+                    if (B_VARIES) *reinterpret_cast<Share*>(mine + column_of(0, group)) = *reinterpret_cast<const Share*>(dB);
+                    if (C_VARIES) *reinterpret_cast<Share*>(mine + column_of(KINDS - 1, group)) = *reinterpret_cast<const Share*>(dC);
+                    if (j % COLUMN_STEPS == 0) {
+                        __syncwarp();
+                        sum_columns(columns, &shared.warp_sums[segment % SUM_BUFFERS][threadIdx.x / 32][j]);
+                        __syncwarp();
+                    }
+                }
+            }
+
+
+            __syncwarp();                                              // all lanes have read the entries
+            if (lane < CHANNELS) {
+#pragma unroll
+                for (int j = 0; j < SEGMENT; ++j) {
+                    step_at(segment * SEGMENT, j, 0) = {sums[j].by_B, sums[j].by_A};
+                    gate_at(segment * SEGMENT, j, 0) = sums[j].out;
                 }
             }
 
             // ---------------------------------------------------------------------------------- dB and dC of the segment
-            if (SUMS_OVER_CHANNELS) {
-                const int first = exchange(sums), warp = threadIdx.x / 32;
-                constexpr int KEPT = EXCHANGED * REALS * LANES / 32 > 0 ? EXCHANGED * REALS * LANES / 32 : 1;
-                real* warp_sums = reinterpret_cast<real*>(&shared.warp_sums[segment & 1][warp][0][0][0]);
+            if (segment > 0) {
 #pragma unroll
-                for (int i = 0; i < KEPT; ++i) {
-                    int at = first + i, r = at % REALS, slot = at / REALS % SLOTS, row = at / (REALS * SLOTS) % SEGMENT;
-                    int which = at / (REALS * SLOTS * SEGMENT);
-                    warp_sums[((row * 2 + which) * STATES + lane * SLOTS + slot) * REALS + r] = sums[i];
+                for (int k = 0; k < CHANNELS; ++k) {
+#pragma unroll
+                    for (int i = 0; i < SLOTS; ++i) h[k][i] = shared.starts[segment - 1][k][i][threadIdx.x];
                 }
             }
             __syncthreads();
-            if (SUMS_OVER_CHANNELS) {
-                for (int entry = threadIdx.x; entry < SEGMENT * 2 * STATES; entry += THREADS) {
-                    int n = entry % STATES, which = entry / STATES % 2, row = entry / (2 * STATES);
-                    int t = REVERSE ? TILE - 1 - (segment * SEGMENT + row) : segment * SEGMENT + row;
-                    state_t* parts = which ? p.dC_parts : p.dB_parts;
-                    if (!(which ? C_VARIES : B_VARIES) || t >= steps || n >= p.state) continue;
-                    state_t sum = shared.warp_sums[segment & 1][0][row][which][n];
+            if (KINDS > 0) {
+                auto& sums = shared.warp_sums[segment % SUM_BUFFERS];
+                for (int index = threadIdx.x; index < SEGMENT * COLUMNS / WIDE; index += THREADS) {
+                    const int row = index * WIDE / COLUMNS, column = index * WIDE % COLUMNS;
+                    const int first = column % (STATES * REALS), kind = column / (STATES * REALS);
+                    const int t = REVERSE ? TILE - 1 - (segment * SEGMENT + row) : segment * SEGMENT + row;
+                    if (t >= steps) continue;
+                    Wide<WIDE> sum = *reinterpret_cast<const Wide<WIDE>*>(&sums[0][row][column]);
 #pragma unroll
-                    for (int w = 1; w < WARPS; ++w) sum = sum + shared.warp_sums[segment & 1][w][row][which][n];
-                    parts[((recomputed(b) * p.blocks_per_batch + block.within) * p.length + t0 + t) * p.state_total + n] = sum;
+                    for (int w = 1; w < WARPS; ++w) sum = sum + *reinterpret_cast<const Wide<WIDE>*>(&sums[w][row][column]);
+                    real* parts = reinterpret_cast<real*>(kind == 0 && B_VARIES ? p.dB_parts : p.dC_parts);
+                    parts += ((b * p.blocks_per_batch + block.within) * p.length + t0 + t) * p.state_total * REALS + first;
+                    if (parts_are_wide) {
+                        *reinterpret_cast<Wide<WIDE>*>(parts) = sum;
+                    } else {
+#pragma unroll
+                        for (int i = 0; i < WIDE; ++i) if (first + i < p.state * REALS) parts[i] = sum.at[i];
+                    }
                 }
+                if (SUM_BUFFERS == 1) __syncthreads();
             }
         }
 
-#pragma unroll
-        for (int k = 0; k < CHANNELS; ++k) {
-#pragma unroll
-            for (int i = 0; i < SLOTS; ++i) {
-                auto add = [&](int j, state_t x) { shared.totals[j][k][i][threadIdx.x] = shared.totals[j][k][i][threadIdx.x] + x; };
-                add(0, dA[k][i]);
-                if (!B_VARIES) add(OF_B, dB_kept[k][i]);
-                if (!C_VARIES) add(OF_C, dC_kept[k][i]);
-            }
-        }
+        for_states([&](int k, int i, long long c, int n) {             // totals live in memory: registers are scarcer
+            const long long at = (part_of_time() * p.dim + c) * p.state_total + n;
+            p.dA_parts[at] = p.dA_parts[at] + dA[k][i];
+            if (!B_VARIES) p.dB_parts[at] = p.dB_parts[at] + dB_kept[k][i];
+            if (!C_VARIES) p.dC_parts[at] = p.dC_parts[at] + dC_kept[k][i];
+        });
 
         // -------------------------------------------------------------------------------------- du, ddelta, dz
         const long long t1 = recomputed(t0);
@@ -447,55 +517,78 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
                 }
                 continue;
             }
-            Pack<element, VECTOR> du, ddelta, dz;
+            auto store = [&](element* to, const real (&x)[VECTOR]) {
+                Pack<element, VECTOR> pack;
+#pragma unroll
+                for (int j = 0; j < VECTOR; ++j) {
+                    element rounded;
+                    from_real(x[j], rounded);
+                    pack.set(j, rounded);
+                }
+                store_pack<element, VECTOR>(to + at, pack, item.valid);
+            };
+            real gy[VECTOR], dt[VECTOR], slope[VECTOR];
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
-                const int c = item.channel(j);
-                real x = to_real(now.u.get(j)), gy = to_real(now.dy.get(j));
-                element rounded;
-                if (p.z) {
-                    real gate = to_real(now.z.get(j)), s = sigmoid(gate), skipped = out[j] + shared.skip[c] * x;
-                    from_real(gy * skipped * s * (real(1) + gate * (real(1) - s)), rounded);  // [7]
-                    dz.set(j, rounded);
-                    gy *= gate * s;
-                }
-                real dt = to_real(now.delta.get(j)) + shared.bias[c], slope = 1;
-                if (p.delta_softplus) softplus_and_slope(dt, dt, slope);
-                real dstep = (ZOH ? by_A[j] : by_A[j] + x * by_B[j]) * slope;                 // [5]
-                real dx = shared.skip[c] * gy + (ZOH ? by_B[j] : dt * by_B[j]);               // [6]
-                from_real(dx, rounded);
-                du.set(j, rounded);
-                from_real(dstep, rounded);
-                ddelta.set(j, rounded);
-                Step terms = {j < item.valid ? gy * x : real(0), j < item.valid ? dstep : real(0)};
-                shared.steps[item.row(j)][column<sizeof(Step)>(c, item.first_row())] = terms;
+                gy[j] = to_real(now.dy.get(j));
+                dt[j] = to_real(now.delta.get(j)) + shared.bias[item.channel(j)];
+                slope[j] = 1;
             }
-            store_pack<element, VECTOR>(p.du + at, du, item.valid);
-            store_pack<element, VECTOR>(p.ddelta + at, ddelta, item.valid);
-            if (p.z) store_pack<element, VECTOR>(p.dz + at, dz, item.valid);
+            if (p.z) {
+#pragma unroll
+                for (int j = 0; j < VECTOR; ++j) {
+                    real gate = to_real(now.z.get(j)), s = sigmoid(gate);
+                    real skipped = out[j] + shared.skip[item.channel(j)] * to_real(now.u.get(j));
+                    out[j] = gy[j] * skipped * s * (real(1) + gate * (real(1) - s));          // [7]
+                    gy[j] *= gate * s;
+                }
+                store(p.dz, out);
+            }
+            if (p.delta_softplus) {
+#pragma unroll
+                for (int j = 0; j < VECTOR; ++j) softplus_and_slope(dt[j], dt[j], slope[j]);
+            }
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) {
+                const real x = to_real(now.u.get(j));
+                by_A[j] = (ZOH ? by_A[j] : by_A[j] + x * by_B[j]) * slope[j];                 // [5]
+                by_B[j] = shared.skip[item.channel(j)] * gy[j] + (ZOH ? by_B[j] : dt[j] * by_B[j]);          // [6]
+                Step terms = {j < item.valid ? gy[j] * x : real(0), j < item.valid ? by_A[j] : real(0)};
+                shared.steps[item.row(j)][column<sizeof(Step)>(item.channel(j), item.first_row())] = terms;
+            }
+            store(p.ddelta, by_A);
+            store(p.du, by_B);
         }
         if (!p.sums_out && (p.D || p.delta_bias)) {
             __syncthreads();
-            Step sum[4] = {};
+            auto add = [&](Step x) {
+                add_exactly(time_sums.dD, time_sums.dD_lost, x.dt);
+                add_exactly(time_sums.dbias, time_sums.dbias_lost, x.x);
+            };
+            Step sum[2] = {}, lost[2] = {};
 #pragma unroll 1
-            for (int t = threadIdx.x / BLOCK_CHANNELS; t < TILE; t += 4 * SHARERS) {
+            for (int t = threadIdx.x / BLOCK_CHANNELS; t < TILE; t += 2 * SHARERS) {
 #pragma unroll
-                for (int j = 0; j < 4; ++j) {
+                for (int j = 0; j < 2; ++j) {
                     const int row = t + j * SHARERS;
-                    Step terms = shared.steps[row][column<sizeof(Step)>(threadIdx.x % BLOCK_CHANNELS, row)];
-                    sum[j] = {sum[j].dt + terms.dt, sum[j].x + terms.x};
+                    const Step terms = shared.steps[row][column<sizeof(Step)>(threadIdx.x % BLOCK_CHANNELS, row)];
+                    add_exactly(sum[j].dt, lost[j].dt, terms.dt);
+                    add_exactly(sum[j].x, lost[j].x, terms.x);
                 }
             }
-            add_exactly(dD, dD_lost, (sum[0].dt + sum[1].dt) + (sum[2].dt + sum[3].dt));
-            add_exactly(dbias, dbias_lost, (sum[0].x + sum[1].x) + (sum[2].x + sum[3].x));
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                add(sum[j]);
+                add({-lost[j].dt, -lost[j].x});
+            }
         }
         __syncthreads();
     }
 
     if (CARRIES_ONLY) {
         for_states([&](int k, int i, long long c, int n) {
-            p.carries[(batch_split * p.dim + c) * p.state_total + n] = carry[k][i];
-            if (n == 0) p.totals[batch_split * p.dim + c] = total[k];
+            p.carries[(part_of_time() * p.dim + c) * p.state_total + n] = carry[k][i];
+            if (n == 0) p.totals[part_of_time() * p.dim + c] = memory.total[k];
         });
         return;
     }
@@ -503,21 +596,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
     // ------------------------------------------------------------------------------------------ sums over time
     for_states([&](int k, int i, long long c, int n) {
         if (p.dinitial_state && block.split == 0) p.dinitial_state[(b * p.dim + c) * p.state_total + n] = carry[k][i];
-        long long at = (batch_split * p.dim + c) * p.state_total + n;
-        p.dA_parts[at] = shared.totals[0][k][i][threadIdx.x];
-        if (!B_VARIES) p.dB_parts[at] = shared.totals[OF_B][k][i][threadIdx.x];
-        if (!C_VARIES) p.dC_parts[at] = shared.totals[OF_C][k][i][threadIdx.x];
     });
     if (p.sums_out) return;
-    Step* shares = &shared.steps[0][0];                                // the threads of a channel add up in their order
-    shares[threadIdx.x] = {dD, dbias};
     __syncthreads();
-    if (threadIdx.x < channels) {
-        for (int i = 1; i < SHARERS; ++i) {
-            dD += shares[threadIdx.x + i * BLOCK_CHANNELS].dt;
-            dbias += shares[threadIdx.x + i * BLOCK_CHANNELS].x;
+    if (threadIdx.x < channels) {                                      // the threads of a channel add up in their order
+        real dD = 0, dbias = 0;
+        for (int i = 0; i < SHARERS; ++i) {
+            dD += shared.sums[threadIdx.x + i * BLOCK_CHANNELS].dD;
+            dbias += shared.sums[threadIdx.x + i * BLOCK_CHANNELS].dbias;
         }
-        long long at = batch_split * p.dim + c0 + threadIdx.x;
+        const long long at = part_of_time() * p.dim + c0 + threadIdx.x;
         if (p.D) p.dD_parts[at] = dD;
         if (p.delta_bias) p.dbias_parts[at] = dbias;
     }

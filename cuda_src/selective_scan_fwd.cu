@@ -17,6 +17,7 @@
 // (tile.cuh).
 //
 // Compile-time, besides tile.cuh's: CARRIES_ONLY ZOH SHARED_BYTES BLOCKS_PER_SM. All are set by mambacupy/ops/, with the reasons.
+#define COEFFICIENT_PADDING 16
 #include "tile.cuh"
 
 struct alignas(2 * sizeof(real)) Step { real dt, dtu; };               // Δ and Δ·u of one element
@@ -56,9 +57,6 @@ struct Shared {                                                        // double
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "SHARED_BYTES is computed in ops/mapping.py");
 
-// The row by which `column` finds an entry of the round's row j: the first of those that share their columns, known sooner.
-DEVICE constexpr int row_of_column(int j) { return TIME_CONTIGUOUS ? j / VECTOR * VECTOR : 0; }
-
 struct Inputs {                                                        // of one step: what a lane reads from shared memory
     Step step[CHANNELS];
     state_t B[SLOTS], C[SLOTS];
@@ -94,6 +92,7 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
     // ------------------------------------------------------------------------------------------ what a lane keeps
     const int lane = worker() % LANES, group = worker() / LANES;
     state_t h[CHANNELS][SLOTS], rate[CHANNELS][SLOTS], B_kept[CHANNELS][SLOTS], C_kept[CHANNELS][SLOTS];
+    Memory<CHANNELS> memory;
 #if ZOH
     state_t A_kept[CHANNELS][SLOTS];
 #endif
@@ -106,6 +105,7 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
             state_t a = {}, start = {}, b_const = {}, c_const = {};
             if (!does_elements && k * GROUPS + group < channels && n < p.state) {
                 a = p.A[c * p.A_dim + n * p.A_state];
+                memory.add_state(k, real_part(rate_of(a)));
                 if (CARRIES_ONLY) start = {};
                 else if (p.splits > 1) start = p.carries[((b * p.splits + block.split) * p.dim + c) * p.state_total + n];
                 else if (p.initial_state) start = p.initial_state[b * p.init_batch + c * p.init_dim + n * p.init_state];
@@ -254,11 +254,10 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
 
     // ------------------------------------------------------------------------------------------ recurrence
     const long long chunks = (p.length + CHUNK - 1) / CHUNK;
-    real total[CHANNELS] = {};                                         // Σ Δ, for CARRIES_ONLY
     auto advance = [&](long long t0, int buffer) {
         const int tile_steps = steps_in(t0);
         bool chunk_begins = REVERSE ? (t0 + TILE) % CHUNK == 0 || t0 + TILE >= p.length : t0 % CHUNK == 0;
-        if (!CARRIES_ONLY && p.states && chunk_begins) write_states(p.states + (b * chunks + t0 / CHUNK) * p.dim * p.state_total);
+        if (p.states && chunk_begins) write_states(p.states + (b * chunks + t0 / CHUNK) * p.dim * p.state_total);
         // Rows past the end have dt = 0: whole rounds of them are left out, a rest of a round does no harm.
         const int first_row = REVERSE ? (TILE - tile_steps) / UNROLL * UNROLL : 0;
         const int end_row = REVERSE ? TILE : tile_steps;
@@ -277,7 +276,6 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
                 for (int k = 0; k < CHANNELS; ++k) {
                     const Step s = now.step[k];
                     part[j][k] = 0;
-                    if (CARRIES_ONLY) total[k] += s.dt;
 #pragma unroll
                     for (int i = 0; i < SLOTS; ++i) {
                         state_t a = decay(s.dt, rate[k][i]);
@@ -286,11 +284,10 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
                         input = input * phi(s.dt * A_kept[k][i], a);
 #endif
                         h[k][i] = multiply_add(a, h[k][i], input);
-                        if (!CARRIES_ONLY) part[j][k] = real_product(h[k][i], C_VARIES ? now.C[i] : C_kept[k][i], part[j][k]);
+                        part[j][k] = real_product(h[k][i], C_VARIES ? now.C[i] : C_kept[k][i], part[j][k]);
                     }
                 }
             }
-            if (CARRIES_ONLY) continue;
 #pragma unroll
             for (int j = 0; j < UNROLL; ++j) {
 #pragma unroll
@@ -304,6 +301,26 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
         }
     };
 
+    // What a part of time hands on: Σ_t exp(A·S_t)·input_t, where S_t is Σ Δ of the steps after t. Against time (tile.cuh).
+    auto gather = [&](int buffer) {
+#pragma unroll 8
+        for (int t = TILE - 1; t >= 0; --t) {
+            const Inputs now(shared, buffer, t / VECTOR * VECTOR, t % VECTOR, lane, group);
+#pragma unroll
+            for (int k = 0; k < CHANNELS; ++k) {
+#pragma unroll
+                for (int i = 0; i < SLOTS; ++i) {
+                    state_t input = now.step[k].dtu * (B_VARIES ? now.B[i] : B_kept[k][i]);
+#if ZOH
+                    input = input * phi(now.step[k].dt * A_kept[k][i], decay(now.step[k].dt, rate[k][i]));
+#endif
+                    h[k][i] = multiply_add(decay(memory.total[k], rate[k][i]), input, h[k][i]);
+                }
+                memory.pass(k, now.step[k].dt);
+            }
+        }
+    };
+
     // ------------------------------------------------------------------------------------------ the walk
     for (int c = threadIdx.x; c < BLOCK_CHANNELS; c += 2 * THREADS) {
         shared.skip[c] = p.D && c < channels ? p.D[(c0 + c) * p.D_dim] : real(0);
@@ -311,9 +328,10 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
     }
     __syncthreads();
 
-    constexpr int AHEAD = REVERSE ? -TILE : TILE;
+    constexpr bool FROM_END = REVERSE != CARRIES_ONLY;
+    constexpr int AHEAD = FROM_END ? -TILE : TILE;
     const long long tiles = (time.end - time.begin + TILE - 1) / TILE;
-    long long t0 = REVERSE ? (time.end - 1) / TILE * TILE : time.begin;
+    long long t0 = FROM_END ? (time.end - 1) / TILE * TILE : time.begin;
     if (does_elements && tiles > 0) {
         load(t0);
         prepare(t0, 0);
@@ -321,12 +339,15 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
     }
     for (long long tile = 0; tile < tiles; ++tile, t0 += AHEAD) {
         const int buffer = tile & 1;
-        __syncthreads();
+        if (!CARRIES_ONLY) __syncthreads();
+        else if (__syncthreads_and(does_elements || (p.delta_softplus && memory.is_exhausted()))) break;
         if (does_elements) {
             if (tile > 0) finish(t0 - AHEAD, buffer ^ 1);
             if (tile + 1 < tiles) prepare(t0 + AHEAD, buffer ^ 1);
             if (tile + 2 < tiles) load(t0 + 2 * AHEAD);
             load_to_finish(t0);
+        } else if (CARRIES_ONLY) {
+            gather(buffer);
         } else {
             advance(t0, buffer);
         }
@@ -341,7 +362,8 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
         write_states(p.carries + batch_split * p.dim * p.state_total);
 #pragma unroll
         for (int k = 0; k < CHANNELS; ++k)
-            if (lane == 0 && k * GROUPS + group < channels) p.totals[batch_split * p.dim + c0 + k * GROUPS + group] = total[k];
+            if (lane == 0 && k * GROUPS + group < channels)
+                p.totals[batch_split * p.dim + c0 + k * GROUPS + group] = memory.total[k];
     } else if (block.split == p.splits - 1) {
         write_states(p.last_state + b * p.dim * p.state_total);
     }

@@ -7,7 +7,7 @@
 //   step by step         LANES neighbouring lanes hold the states of CHANNELS channels, SLOTS states of each in every lane.
 //
 // Compile-time: COMPLEX REVERSE TIME_CONTIGUOUS VECTOR LANES SLOTS CHANNELS TILE THREADS, the element types U_T B_T C_T, and for
-// B and C: VARIES, TIME_FAST, and VECTOR, the neighbours moved at once.
+// B and C: VARIES, TIME_FAST, and VECTOR, the neighbours moved at once. A kernel defines COEFFICIENT_PADDING.
 #pragma once
 #include "common.cuh"
 
@@ -67,7 +67,7 @@ DEVICE long long tile_offset(long long t0, long long c0, long long stride) {
 // c) by VECTOR, which would put them into the same banks; the XOR spreads them. It permutes a row, so readers and writers only
 // have to agree. All rows of one item share its permutation.
 template <int BYTES>
-DEVICE int column(int c, int t) {
+DEVICE unsigned column(unsigned c, unsigned t) {
     constexpr int SIZE = BYTES < 16 ? BYTES : 16, PER_LINE = 128 / SIZE;                      // entries in all 32 banks
 #if TIME_CONTIGUOUS
     constexpr int ROWS = TILE / VECTOR;                                // items that share a channel
@@ -79,11 +79,17 @@ DEVICE int column(int c, int t) {
 #endif
 }
 
+// The row by which `column` finds an entry of row j, counted from a multiple of VECTOR: the first of those that share their
+// columns, known sooner than j.
+DEVICE constexpr int row_of_column(int j) { return TIME_CONTIGUOUS ? j / VECTOR * VECTOR : 0; }
+
 // ---------------------------------------------------------------------------------------------- B and C
-// A tile of B or C as states: rows of COEFFICIENT_PITCH, of which 16 bytes are padding against bank conflicts. It is loaded by
+// A tile of B or C as states: rows of COEFFICIENT_PITCH, of which COEFFICIENT_PADDING bytes, chosen by the kernel, are padding
+// against bank conflicts. 16 of them let a lane read 16 bytes at once; with 8 it reads 8, which takes less time where several lanes
+// read the same: one cycle or two instead of four. It is loaded by
 // `coefficient_loads<V>()` accesses of each thread to V neighbours in memory: steps where TIME_FAST, states else.
 constexpr int REALS = sizeof(state_t) / sizeof(real);
-constexpr int COEFFICIENT_PITCH = STATES + (sizeof(state_t) * STATES >= 16 ? 16 / (int)sizeof(state_t) : 0);
+constexpr int COEFFICIENT_PITCH = STATES + (int)(sizeof(state_t) * STATES >= 16 ? COEFFICIENT_PADDING / sizeof(state_t) : 0);
 
 template <int V> DEVICE constexpr int coefficient_items() { return TILE * STATES / V; }
 template <int V> DEVICE constexpr int coefficient_loads() { return (coefficient_items<V>() + THREADS - 1) / THREADS; }
@@ -177,5 +183,28 @@ struct Split {
         const long long first = min(split * share, chunks), last = min(first + share, chunks);           // as they are walked
         begin = (REVERSE ? chunks - last : first) * CHUNK;
         end = min((REVERSE ? chunks - first : last) * CHUNK, length);
+    }
+};
+
+// What a part hands on is gathered from the end at which it leaves, and only as far as the states of a block remember: where what
+// is left of a step after all that lie between would be below 2^FORGOTTEN of itself, nothing further is looked at.
+constexpr real FORGOTTEN = sizeof(real) == 4 ? -150 : -1100;           // log2 of less than the smallest number
+
+template <int COUNT>
+struct Memory {                                                        // of a lane's states, of COUNT channels
+    real total[COUNT] = {}, lost[COUNT] = {};                          // Σ Δ of the steps gathered
+    real slowest[COUNT];                                               // Re A·log2(e) of the state that forgets least
+    bool has_states[COUNT] = {};
+
+    DEVICE void add_state(int k, real rate) {
+        slowest[k] = !has_states[k] || rate > slowest[k] ? rate : slowest[k];
+        has_states[k] = true;
+    }
+    DEVICE void pass(int k, real dt) { add_exactly(total[k], lost[k], dt); }
+    DEVICE bool is_exhausted() const {                                 // provided that no step is negative
+        bool exhausted = true;
+#pragma unroll
+        for (int k = 0; k < COUNT; ++k) exhausted = exhausted && (!has_states[k] || slowest[k] * total[k] < FORGOTTEN);
+        return exhausted;
     }
 };

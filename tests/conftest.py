@@ -16,6 +16,7 @@ def _why_no_gpu():
 
 def pytest_addoption(parser):
     parser.addoption("--require-gpu", action="store_true", help="fail where a GPU test cannot run")
+    parser.addoption("--compile-all", action="store_true", help="compile every kernel for every architecture, not only a few")
     parser.addoption("--emulate-all", action="store_true", help="run every case's kernels in the emulator, not only a few")
 
 

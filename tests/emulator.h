@@ -55,6 +55,16 @@ static void wait(Barrier& barrier, int expected) {
     while (barrier.generation == generation) swapcontext(&fibers[current], &scheduler);
 }
 static void __syncthreads() { wait(block_barrier, threads); }
+static bool all_so_far = true, all_of_last;
+static bool __syncthreads_and(bool predicate) {
+    all_so_far = all_so_far && predicate;
+    if (block_barrier.arrived == threads - 1) {
+        all_of_last = all_so_far;
+        all_so_far = true;
+    }
+    __syncthreads();
+    return all_of_last;
+}
 static void __syncwarp() {
     const int warp = current / 32, lanes = threads - warp * 32;
     wait(warp_barriers[warp], lanes < 32 ? lanes : 32);

@@ -18,6 +18,8 @@ SMALL = kernels.Device(multiprocessors=4, shared_bytes=65536, shared_bytes_of_mu
 OTHERS = {
     "parts of time": ({"batch": 1, "dim": 5, "length": 1100, "state": 4}, emulator.H100),
     "parts of time, reverse": ({"batch": 1, "dim": 5, "length": 1100, "state": 4, "reverse": True}, emulator.H100),
+    "parts of time, some empty": ({"batch": 1, "dim": 5, "length": 1200, "state": 4}, emulator.H100),
+    "parts of time, some empty, reverse": ({"batch": 1, "dim": 5, "length": 1200, "state": 4, "reverse": True}, emulator.H100),
     "64 KiB of shared memory": ({"dim": 130}, SMALL),
     "64 KiB of shared memory, float64": ({"dim": 130, "dtype": "float64"}, SMALL),
 }
@@ -35,8 +37,19 @@ def pytest_generate_tests(metafunc):
 
 
 def test_row(monkeypatch, row, device):
-    case = cases.BASE | row
-    arguments, options = cases.make(**row)
+    check(monkeypatch, device, cases.BASE | row, *cases.make(**row))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_parts_of_time_that_forget(monkeypatch, reverse):
+    """States that decay fast: what a part hands on is gathered from its end, and not to its beginning."""
+    case = {"batch": 1, "dim": 5, "length": 1100, "state": 4, "reverse": reverse}
+    arguments, options = cases.make(**case)
+    arguments["A"] *= 30
+    check(monkeypatch, emulator.H100, cases.BASE | case, arguments, options)
+
+
+def check(monkeypatch, device, case, arguments, options):
     dy, dlast_state = scans.incoming(arguments)
     emulator.install(monkeypatch, device)
     args = checks.selective_scan("test", **arguments, discretization=options["discretization"])

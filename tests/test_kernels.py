@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mambacupy import checks, kernels
-from mambacupy.ops import scan_kernels
+from mambacupy.ops import plans, scan_kernels
 
 DEVICES = {
     "75": kernels.Device(multiprocessors=40, shared_bytes=65536, shared_bytes_of_multiprocessor=65536),
@@ -45,7 +45,7 @@ def record(patch, architecture="90"):
     patch.setattr(kernels, "get", recorder)
     patch.setattr(kernels, "device", lambda: DEVICES[architecture])
     patch.setattr(kernels, "address", lambda x: 0 if x is None else x.__array_interface__["data"][0])
-    patch.setattr(scan_kernels, "_plans", {})
+    patch.setattr(plans, "_plans", {})
     return recorder
 
 
@@ -77,22 +77,19 @@ def instantiations():
 def test_compiles_for_every_architecture_without_spills(file, constants, request):
     pytest.importorskip("cupy", reason="the compile tests need CuPy and NVRTC (the extra `test`)")
     source = kernels.specialise(file, constants)
-    # The backward kernel takes a second to compile: its base case for all architectures, the rest for the one we measure on.
-    every = "scan_bwd" not in file or request.node.callspec.id.endswith("-base")
-    for architecture in kernels.ARCHITECTURES if every else ("90",):
+    architectures = kernels.ARCHITECTURES
+    # The backward kernel takes seconds to compile: but for its base case, one architecture a row, each in its turn.
+    if "scan_bwd" in file and not request.node.callspec.id.endswith("-base") and not request.config.getoption("--compile-all"):
+        architectures = (architectures[sum(file.encode() + repr(constants).encode()) % len(architectures)],)
+    for architecture in architectures:
         _, log = kernels.compile_for(architecture, source)
         registers = [int(n) for n in re.findall(r"Used (\d+) registers", log)]
         spills = [int(n) for n in re.findall(r"(\d+) bytes spill", log)]
         shared = [int(n) for n in re.findall(r"(\d+) bytes smem", log)]
         assert registers and max(registers) <= 255
         assert max(shared, default=0) <= 48 * 1024, "more has to be dynamic"
-        if constants.get("LANES", 1) * constants.get("SLOTS", 1) <= 16 and constants.get("U_T") != "double":
-            assert max(spills) <= SPILLS.get(file, 0), f"sm_{architecture} spills"
-
-
-# Bytes. The backward kernel fills all 255 registers and spills a few on some architectures, partly in its inner loop on 7.5 and
-# 8.0: a shortfall against none, which the forward kernel keeps.
-SPILLS = {"selective_scan_bwd.cu": 160}
+        if constants.get("LANES", 1) * constants.get("SLOTS", 1) <= 16:
+            assert max(spills) == 0, f"sm_{architecture} spills"
 
 
 @pytest.mark.parametrize("architecture", DEVICES)
@@ -110,9 +107,9 @@ def test_blocks_fit_the_device(monkeypatch, architecture):
 
 def test_launches_get_what_the_struct_names(recorder):
     backward(*cases.make(state=100, batch=1, dim=8, length=5000, B=2))
-    assert {"selective_scan_fwd", "selective_scan_bwd", "combine_carries", "sum_parts", "sum_turned"} == {
-        name for _, name, *_ in recorder.launched
-    }
+    names = [name for _, name, *_ in recorder.launched]
+    assert {"selective_scan_fwd", "selective_scan_bwd", "combine_carries", "sum_parts"} == set(names)
+    assert names.count("sum_parts") == 1
     for file, _, constants, _, _, numbers, arrays in recorder.launched:
         wanted_pointers, wanted_numbers = kernels.parameter_names(kernels.specialise(file, dict(constants)))
         assert set(wanted_pointers) <= set(arrays)
@@ -168,6 +165,22 @@ def test_compile_errors_name_our_file_and_line(sources):
 def test_arguments_follow_the_struct():
     source = "struct Params {\n    const float *u, *z;   // of which one may be null\n    void* y;\n    long long dim, n;\n};\n"
     assert kernels.parameter_names(source) == (("u", "z", "y"), ("dim", "n"))
+    source = "struct Params {\n    float *x[2], *y;\n    long long n[3], m;\n};\n"
+    assert kernels.parameter_names(source) == (("x0", "x1", "y"), ("n0", "n1", "n2", "m"))
+
+
+def test_a_pointer_is_of_an_array_or_an_address_or_null():
+    calls = []
+    kernel = kernels.Kernel.__new__(kernels.Kernel)
+    kernel.pointers, kernel.numbers, kernel._shared_bytes = ("x", "y", "z"), ("first_block",), 0
+    kernel._raw = lambda grid, block, args, shared_mem: calls.append(args[0].view(np.int64).tolist())
+    kernel.prepare(1, 32, {})({"x": SimpleNamespace(data=SimpleNamespace(ptr=512)), "y": 528, "z": None})
+    assert calls == [[512, 528, 0, 0]]
+
+
+def test_arrays_in_one_allocation_are_apart_and_aligned():
+    starts, size = plans.room({"a": 1, "b": 256, "c": 257, "d": 0})
+    assert starts == {"a": 0, "b": 256, "c": 512, "d": 1024} and size == 1024
 
 
 def test_grids_hold_any_number_of_blocks():

@@ -88,6 +88,16 @@ def test_parts_of_time(cp, changes):
     assert scans.wrong_gradients(got, scans.oracle(arguments, options, dy, dlast_state), cases.BASE | case) == {}
 
 
+def test_parts_of_time_that_forget(cp):
+    """States that decay fast: what a part hands on is gathered from its end, and not to its beginning."""
+    case = {"batch": 1, "dim": 5, "length": 5000 + 37}
+    arguments, options = cases.make(**case)
+    arguments["A"] *= 30
+    dy, dlast_state = scans.incoming(arguments)
+    got = on_gpu(arguments, options, dy, dlast_state)
+    assert scans.wrong_gradients(got, scans.oracle(arguments, options, dy, dlast_state), cases.BASE | case) == {}
+
+
 def test_last_state_alone_and_dy_alone(cp):
     arguments, options = cases.make()
     dy, dlast_state = scans.incoming(arguments)

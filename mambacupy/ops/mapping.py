@@ -111,12 +111,15 @@ def _forward_shared_bytes(args, lanes, slots, tile, threads):
 def backward(args, state, device):
     """Mapping of the backward kernel for `state` states a channel, on a `kernels.Device`.
 
-    A lane holds Ā and h of 8 steps of its states: four states of each of two channels fill its registers. The size of a block
-    follows from shared memory, of which two blocks are to fit on a multiprocessor.
+    A lane holds Ā and h of 8 steps of its states: four float32 states of each of two channels fill its registers, or half as
+    many where float64 or zero-order hold need more for each. The size of a block follows from shared memory, of which two
+    blocks are to fit on a multiprocessor.
     """
-    slots = min(16 // _bytes(args)[1], power_of_two(state))
+    real_bytes, state_bytes = _bytes(args)
+    room = 8 if args.zoh or real_bytes == 8 else 16
+    slots = min(max(room // state_bytes, 1), max(power_of_two(state) // 2, 1))  # two lanes at least can share two channels
     lanes = power_of_two(-(-state // slots))
-    sizes = [(2, 128), (2, 64), (2, 32), (1, 32)] if lanes > 1 else [(1, 128), (1, 64), (1, 32)]
+    sizes = [(2, 128), (2, 64), (2, 32), (1, 32)] if lanes > 1 and state_bytes <= 8 else [(1, 128), (1, 64), (1, 32)]
 
     def shared_bytes(size):
         return _backward_shared_bytes(args, lanes, slots, *size)
@@ -137,8 +140,9 @@ def _backward_shared_bytes(args, lanes, slots, channels, threads):
     """An upper bound of sizeof(Shared) in selective_scan_bwd.cu, which checks it."""
     real_bytes, state_bytes = _bytes(args)
     varying = (args.groups_B > 0) + (args.groups_C > 0)
-    elements = (3 * CHUNK + 2) * threads // lanes * channels * real_bytes
-    kept = (8 + 3 - varying) * channels * slots * threads * state_bytes
-    coefficients = varying * CHUNK * (lanes * slots * state_bytes + 16)
-    sums = 2 * threads // 32 * (8 if varying else 1) * 2 * lanes * slots * state_bytes
+    elements = ((3 * CHUNK + 2) * threads // lanes * channels + 4 * threads) * real_bytes
+    kept = 7 * channels * slots * threads * state_bytes
+    coefficients = varying * CHUNK * (lanes * slots * state_bytes + 8)
+    columns = max(varying * lanes * slots * state_bytes, 16)  # of a step: dB and dC of a lane group
+    sums = threads // 32 * columns * (4 * 32 // lanes + 8 * (2 if columns <= 64 * real_bytes else 1))
     return elements + kept + coefficients + sums + 1024
