@@ -1,4 +1,4 @@
-"""The command line: `mambacupy scan`, `mambacupy grad` and `mambacupy info`."""
+"""The command line: `mambacupy scan`, `mambacupy grad`, `mambacupy generate` and `mambacupy info`."""
 
 import contextlib
 import json as json_format
@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 import mambacupy
-from mambacupy import environment, grad_files, scan_files
+from mambacupy import arrays, environment, generate_command, grad_files, scan_files
 from mambacupy.npy_files import FileError, Outputs
 
 
@@ -169,12 +169,7 @@ class _Job:
             return
         checked, gpu, seconds = self.checked, self.gpu, self.seconds
         elements = checked.batch * checked.dim * checked.length
-        if gpu is None:
-            where = "cpu"
-        else:
-            import cupy
-
-            where = f"cuda:{gpu} ({cupy.cuda.runtime.getDeviceProperties(gpu)['name'].decode()})"
+        where = _place(gpu)
         facts = {
             "shapes": {name: list(x.shape) for name, x in self.arguments.items() if x is not None},
             "dtype": checked.u.dtype.name,
@@ -198,13 +193,14 @@ class _Job:
 
 
 @contextlib.contextmanager
-def _errors_in_one_line():
+def _errors_in_one_line(relief="a smaller --block-length"):
+    """Errors that the user can do something about, in one line; `relief` is what may help against too little memory."""
     try:
         yield
     except FileError as error:
         raise OneLineError(str(error)) from None
     except MemoryError:
-        raise OneLineError("out of memory; a smaller --block-length needs less") from None
+        raise OneLineError(f"out of memory; {relief} needs less") from None
     except KeyboardInterrupt:
         click.echo("mambacupy: interrupted; nothing was written", err=True)
         sys.exit(130)
@@ -216,7 +212,7 @@ def _errors_in_one_line():
             "CompileException",
         ):
             text = str(error).splitlines()[0]
-            raise OneLineError(f"on the GPU: {text}; a smaller --block-length or --device cpu may help") from None
+            raise OneLineError(f"on the GPU: {text}; {relief} or --device cpu may help") from None
         raise
 
 
@@ -239,6 +235,15 @@ def _device(name):
     if index >= count:
         raise OneLineError(f"--device {name}: there are {count} devices, cuda:0 to cuda:{count - 1}")
     return index
+
+
+def _place(gpu):
+    """A device as summaries name it."""
+    if gpu is None:
+        return "cpu"
+    import cupy
+
+    return f"cuda:{gpu} ({cupy.cuda.runtime.getDeviceProperties(gpu)['name'].decode()})"
 
 
 # ---------------------------------------------------------------------------------------------------- commands
@@ -293,6 +298,39 @@ def grad(output, **given):
             job.run("differentiating", grad_files.grad_blocks(arguments, options, blocks, grads, states, job.gpu))
     *names, last = (path.name for path in files.values())
     job.report("differentiated the scan of", f"{', '.join(names)} and {last} to {click.format_filename(Path(output))}")
+
+
+@main.command()
+@click.argument("model", type=_Name())
+@click.option("--prompt", metavar="TEXT", help="Text to go on from; MODEL has a tokenizer.json.")
+@click.option("--tokens", type=_Name(), metavar="FILE", help="Go on from these tokens: .npy, (length,) or (batch, length).")
+@click.option("--pad", type=int, metavar="N", help="What is padding in --tokens, and fills rows that have ended.")
+@click.option("-o", "--output", type=_Name(), metavar="FILE", help="Where the new tokens go (.npy).")
+@click.option("-n", "--max-new-tokens", type=click.IntRange(min=0), default=100, show_default=True, metavar="N")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0: the most probable token. Above, draw.")
+@click.option("--top-k", type=int, metavar="N", help="Draw from the N most probable tokens.")
+@click.option("--top-p", type=float, metavar="P", help="Draw from the most probable tokens that sum up to P.")
+@click.option("--min-p", type=float, metavar="P", help="Draw from tokens at least P times as probable as the most probable.")
+@click.option("--repetition-penalty", type=float, default=1.0, show_default=True, help="Above 1: less of what has occurred.")
+@click.option("--seed", type=click.IntRange(min=0), help="Draw the same tokens again.")
+@click.option("--stop", multiple=True, metavar="TOKEN", help="End after this token (a number, or as the tokenizer spells it).")
+@click.option("--no-stop", is_flag=True, help="Go on after MODEL's end-of-text token.")
+@click.option("--tokenizer", type=_Name(), metavar="FILE", help="Another tokenizer.json than MODEL's.")
+@click.option("--dtype", type=click.Choice(list(arrays.FLOAT_DTYPES)), help="What to compute in.  [default: as stored]")
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N", help="Where to run.")
+@click.option("--force", is_flag=True, help="Replace the output file if it exists.")
+@click.option("--quiet", is_flag=True, help="The text alone.")
+@click.option("--json", "as_json", is_flag=True, help="Print text, tokens and summary as JSON when all is done.")
+def generate(**given):
+    """Go on from a prompt with MODEL, a folder with config.json, weights and tokenizer.json.
+
+    Text appears as it is made. Ctrl-C ends it and keeps what there is.
+    """
+    with _errors_in_one_line("a smaller --dtype"):
+        job = generate_command.Job(given, _device)
+        code = job.run()
+        job.report(_place(job.gpu))
+    sys.exit(code)
 
 
 @main.command()

@@ -1,0 +1,65 @@
+"""Launches of kernels that may begin while the one in front of them ends: programmatic dependent launch.
+
+CuPy cannot say this of a launch, so the driver is asked for it directly, by `cuLaunchKernelEx`. It pays for short kernels in a
+row that have something to do before they need what the last one made; cuda_src/decode.cuh says where they wait for it.
+"""
+
+import ctypes
+import functools
+import sys
+
+__all__ = ["OverlapError", "overlapping"]
+
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6  # of enum CUlaunchAttributeID
+
+
+class OverlapError(RuntimeError):
+    """The driver has no such launches, or refuses one."""
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute: 8 bytes that say which, and a union of 64."""
+
+    _fields_ = [("id", ctypes.c_int), ("_", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_int * 15)]
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(_Attribute)), ("attribute_count", ctypes.c_uint),
+    ]  # fmt: skip
+
+
+def overlapping(raw):
+    """A `cupy.RawKernel` of one argument as a function that is called as it is, on the current device and stream.
+
+    Raises
+    ------
+    OverlapError
+        At the call: the driver does not launch this way.
+    """
+    import cupy
+
+    attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
+
+    def launch(grid, block, args, *, shared_mem=0):
+        (argument,) = args  # a NumPy array of one element, passed by value
+        config = _Config(
+            (*grid, 1, 1), (*block, 1, 1), shared_mem, cupy.cuda.get_current_stream().ptr, ctypes.pointer(attribute), 1
+        )
+        pointers = (ctypes.c_void_p * 1)(argument.ctypes.data)
+        status = _driver()(ctypes.byref(config), ctypes.c_void_p(raw.kernel.ptr), pointers, None)
+        if status:
+            raise OverlapError(f"cuLaunchKernelEx: error {status} of the CUDA driver")
+
+    return launch
+
+
+@functools.cache
+def _driver():
+    try:
+        return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1").cuLaunchKernelEx
+    except (OSError, AttributeError) as error:
+        raise OverlapError(f"no cuLaunchKernelEx: {error}") from None
