@@ -23,6 +23,7 @@
 #include "tile.cuh"
 
 constexpr int SEGMENT = 8, SEGMENTS = CHUNK / SEGMENT;                 // steps whose Ā and h a lane holds at once
+constexpr int CHUNKS_OF_A_SUM = 4;                                     // over time, before it is added to a total
 constexpr int WARPS = THREADS / 32;
 constexpr int KINDS = B_VARIES + C_VARIES;                             // which of dB and dC are summed over channels
 constexpr int WARP_GROUPS = 32 / LANES;                                // lane groups of a warp
@@ -32,7 +33,7 @@ constexpr int COLUMN_STEPS = SEGMENT / 2;                              // steps 
 constexpr int SUM_BUFFERS = COLUMNS <= 64 ? 2 : 1;                     // with one, all threads wait for each other twice as often
 constexpr int SHARERS = THREADS / BLOCK_CHANNELS;                      // threads that sum one channel over time
 static_assert(TILE == CHUNK, "a tile is a chunk");
-static_assert(TILE % (2 * SHARERS) == 0, "threads of a channel share its steps evenly");
+static_assert(TILE % (4 * SHARERS) == 0, "threads of a channel share its steps evenly");
 static_assert(BLOCK_CHANNELS <= THREADS, "a thread sums at most one channel over time");
 static_assert(CHANNELS == 1 || LANES > 1, "two channels are told apart by neighbouring lanes");
 
@@ -138,7 +139,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
     // over n is then what its neighbour keeps.
     auto channel = [&](int k) { return CHANNELS == 2 ? group * 2 + (k ^ (lane & 1)) : group; };
     state_t rate[CHANNELS][SLOTS], A_kept[CHANNELS][SLOTS], B_kept[CHANNELS][SLOTS], C_kept[CHANNELS][SLOTS];
-    state_t carry[CHANNELS][SLOTS], dA[CHANNELS][SLOTS], dB_kept[CHANNELS][SLOTS], dC_kept[CHANNELS][SLOTS];   // of a chunk
+    state_t carry[CHANNELS][SLOTS], dA[CHANNELS][SLOTS], dB_kept[CHANNELS][SLOTS], dC_kept[CHANNELS][SLOTS];
     auto for_states = [&](auto&& body) {                               // body(k, i, channel, state) for those that exist
 #pragma unroll
         for (int k = 0; k < CHANNELS; ++k) {
@@ -152,7 +153,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
 #pragma unroll
     for (int k = 0; k < CHANNELS; ++k) {
 #pragma unroll
-        for (int i = 0; i < SLOTS; ++i) carry[k][i] = A_kept[k][i] = B_kept[k][i] = C_kept[k][i] = {};
+        for (int i = 0; i < SLOTS; ++i) carry[k][i] = dA[k][i] = dB_kept[k][i] = dC_kept[k][i] = A_kept[k][i] = B_kept[k][i] = C_kept[k][i] = {};
     }
     for_states([&](int k, int i, long long c, int n) {
         A_kept[k][i] = p.A[c * p.A_dim + n * p.A_state];
@@ -209,6 +210,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
     // dB and dC of a block are stored by wide accesses where the caller's number of states allows.
     const bool parts_are_wide = p.state == STATES && p.state_total * REALS % WIDE == 0 &&
         ((size_t)p.dB_parts | (size_t)p.dC_parts) % sizeof(Wide<WIDE>) == 0;
+    // Sums over some chunks are added to totals in memory, because registers are scarce, and so that rounding does not grow with time.
+    auto add_to_totals = [&] {
+        for_states([&](int k, int i, long long c, int n) {
+            const long long at = (part_of_time() * p.dim + c) * p.state_total + n;
+            p.dA_parts[at] = p.dA_parts[at] + dA[k][i];
+            if (!B_VARIES) p.dB_parts[at] = p.dB_parts[at] + dB_kept[k][i];
+            if (!C_VARIES) p.dC_parts[at] = p.dC_parts[at] + dC_kept[k][i];
+            dA[k][i] = dB_kept[k][i] = dC_kept[k][i] = {};
+        });
+    };
     Memory<CHANNELS> memory;
     if (CARRIES_ONLY) for_states([&](int k, int i, long long, int) { memory.add_state(k, real_part(rate[k][i])); });
     auto& time_sums = shared.sums[threadIdx.x];                        // in shared memory, as registers are scarce
@@ -314,7 +325,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
 #pragma unroll
         for (int k = 0; k < CHANNELS; ++k) {
 #pragma unroll
-            for (int i = 0; i < SLOTS; ++i) h[k][i] = dA[k][i] = dB_kept[k][i] = dC_kept[k][i] = {};
+            for (int i = 0; i < SLOTS; ++i) h[k][i] = {};
         }
         for_states([&](int k, int i, long long c, int n) {
             const long long chunk = b * ((p.length + CHUNK - 1) / CHUNK) + t0 / CHUNK;
@@ -472,12 +483,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
             }
         }
 
-        for_states([&](int k, int i, long long c, int n) {             // totals live in memory: registers are scarcer
-            const long long at = (part_of_time() * p.dim + c) * p.state_total + n;
-            p.dA_parts[at] = p.dA_parts[at] + dA[k][i];
-            if (!B_VARIES) p.dB_parts[at] = p.dB_parts[at] + dB_kept[k][i];
-            if (!C_VARIES) p.dC_parts[at] = p.dC_parts[at] + dC_kept[k][i];
-        });
+        if (t0 / CHUNK % CHUNKS_OF_A_SUM == 0) add_to_totals();
 
         // -------------------------------------------------------------------------------------- du, ddelta, dz
         const long long t1 = recomputed(t0);
@@ -565,11 +571,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
                 add_exactly(time_sums.dD, time_sums.dD_lost, x.dt);
                 add_exactly(time_sums.dbias, time_sums.dbias_lost, x.x);
             };
-            Step sum[2] = {}, lost[2] = {};
+            Step sum[4] = {}, lost[4] = {};
 #pragma unroll 1
-            for (int t = threadIdx.x / BLOCK_CHANNELS; t < TILE; t += 2 * SHARERS) {
+            for (int t = threadIdx.x / BLOCK_CHANNELS; t < TILE; t += 4 * SHARERS) {
 #pragma unroll
-                for (int j = 0; j < 2; ++j) {
+                for (int j = 0; j < 4; ++j) {
                     const int row = t + j * SHARERS;
                     const Step terms = shared.steps[row][column<sizeof(Step)>(threadIdx.x % BLOCK_CHANNELS, row)];
                     add_exactly(sum[j].dt, lost[j].dt, terms.dt);
@@ -577,7 +583,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
                 }
             }
 #pragma unroll
-            for (int j = 0; j < 2; ++j) {
+            for (int j = 0; j < 4; ++j) {
                 add(sum[j]);
                 add({-lost[j].dt, -lost[j].x});
             }
@@ -594,6 +600,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
     }
 
     // ------------------------------------------------------------------------------------------ sums over time
+    add_to_totals();
     for_states([&](int k, int i, long long c, int n) {
         if (p.dinitial_state && block.split == 0) p.dinitial_state[(b * p.dim + c) * p.state_total + n] = carry[k][i];
     });

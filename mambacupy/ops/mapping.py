@@ -112,11 +112,12 @@ def backward(args, state, device):
     """Mapping of the backward kernel for `state` states a channel, on a `kernels.Device`.
 
     A lane holds Ā and h of 8 steps of its states: four float32 states of each of two channels fill its registers, or half as
-    many where float64 or zero-order hold need more for each. The size of a block follows from shared memory, of which two
-    blocks are to fit on a multiprocessor.
+    many where float64, zero-order hold, or sums over channels beside sums over time need more for each. The size of a block
+    follows from shared memory, of which two blocks are to fit on a multiprocessor.
     """
     real_bytes, state_bytes = _bytes(args)
-    room = 8 if args.zoh or real_bytes == 8 else 16
+    one_is_constant = (args.groups_B > 0) != (args.groups_C > 0)
+    room = 8 if args.zoh or real_bytes == 8 or one_is_constant else 16
     slots = min(max(room // state_bytes, 1), max(power_of_two(state) // 2, 1))  # two lanes at least can share two channels
     lanes = power_of_two(-(-state // slots))
     sizes = [(2, 128), (2, 64), (2, 32), (1, 32)] if lanes > 1 and state_bytes <= 8 else [(1, 128), (1, 64), (1, 32)]
