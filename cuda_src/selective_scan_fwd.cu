@@ -57,6 +57,12 @@ struct Shared {                                                        // double
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "SHARED_BYTES is computed in ops/mapping.py");
 
+// State i of a lane. Neighbouring lanes hold neighbouring 16 bytes, so that they read B and C without conflicts.
+DEVICE int state_of(int lane, int i) {
+    constexpr int SIDE_BY_SIDE = 16 / sizeof(state_t) < SLOTS ? 16 / sizeof(state_t) : SLOTS;
+    return i / SIDE_BY_SIDE * (LANES * SIDE_BY_SIDE) + lane * SIDE_BY_SIDE + i % SIDE_BY_SIDE;
+}
+
 struct Inputs {                                                        // of one step: what a lane reads from shared memory
     Step step[CHANNELS];
     state_t B[SLOTS], C[SLOTS];
@@ -68,8 +74,8 @@ struct Inputs {                                                        // of one
             step[k] = shared.steps[buffer][t][column<sizeof(Step)>(k * GROUPS + group, t_round + row_of_column(j))];
 #pragma unroll
         for (int i = 0; i < SLOTS; ++i) {
-            if (B_VARIES) B[i] = shared.B[buffer][t * COEFFICIENT_PITCH + lane * SLOTS + i];
-            if (C_STAGED) C[i] = shared.C[buffer][t * COEFFICIENT_PITCH + lane * SLOTS + i];
+            if (B_VARIES) B[i] = shared.B[buffer][t * COEFFICIENT_PITCH + state_of(lane, i)];
+            if (C_STAGED) C[i] = shared.C[buffer][t * COEFFICIENT_PITCH + state_of(lane, i)];
         }
     }
 };
@@ -100,7 +106,7 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
     for (int k = 0; k < CHANNELS; ++k) {
 #pragma unroll
         for (int i = 0; i < SLOTS; ++i) {
-            int n = lane * SLOTS + i;
+            int n = state_of(lane, i);
             long long c = c0 + k * GROUPS + group;
             state_t a = {}, start = {}, b_const = {}, c_const = {};
             if (!does_elements && k * GROUPS + group < channels && n < p.state) {
@@ -127,7 +133,7 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
         for (int k = 0; k < CHANNELS; ++k) {
 #pragma unroll
             for (int i = 0; i < SLOTS; ++i) {
-                int n = lane * SLOTS + i;
+                int n = state_of(lane, i);
                 if (k * GROUPS + group < channels && n < p.state) at[(c0 + k * GROUPS + group) * p.state_total + n] = h[k][i];
             }
         }
