@@ -17,7 +17,7 @@ from pathlib import Path
 import cupy as cp
 import numpy as np
 
-from benchmarks import measure
+from benchmarks import measure, models
 from benchmarks.rows import ROWS
 from benchmarks.timing import copy_bandwidth
 from mambacupy import kernels
@@ -70,14 +70,22 @@ def main():
         if options.only in row.name:
             record["rows"].append(measure.time_row(row, bandwidth))
             print(json.dumps(record["rows"][-1]), flush=True)
+    path = options.output
+    if path is None and not (options.no_tests or options.only):
+        slug = re.sub(r"[^A-Za-z0-9]+", "-", device).strip("-")
+        path = ROOT / "benchmarks" / "records" / f"{slug}.json"
+
+    def save():
+        if path:
+            path.write_text(json.dumps(record, indent=1) + "\n")
+            print(f"wrote {path}", flush=True)
+
     if not options.only:
         record["sweeps"] = measure.sweeps()
     print(json.dumps({k: v for k, v in record.items() if k != "rows"}), flush=True)
-    if options.output or not (options.no_tests or options.only):
-        slug = re.sub(r"[^A-Za-z0-9]+", "-", device).strip("-")
-        path = options.output or ROOT / "benchmarks" / "records" / f"{slug}.json"
-        path.write_text(json.dumps(record, indent=1) + "\n")
-        print(f"wrote {path}")
+    save()
+    record["models"] = models.measure(options.only)
+    save()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,9 @@ from benchmarks.timing import median_seconds, sets_to_exceed_cache
 from mambacupy import arrays, reference, selective_scan, selective_scan_bwd, selective_scan_fwd
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "tests"))
+import cases  # noqa: E402
+import scans  # noqa: E402
 
 
 def arguments(row, order="length", seed=0):
@@ -96,15 +99,16 @@ def first_call_seconds():
 
 
 def errors():
-    """Relative errors in the 2-norm against the float64 reference, B2 D64 L1000 N16, A = -(1..16)."""
+    """Relative errors in the 2-norm against the float64 reference, in the case that the tests compare with the original."""
     found = {}
     for dtype in ("float32", "bfloat16", "float16"):
-        given = arguments(ROWS[0]._replace(batch=2, dim=64, length=1000, dtype=dtype))
-        host = {k: cp.asnumpy(x).astype(np.float64) if isinstance(x, cp.ndarray) else x for k, x in given.items()}
-        y, _, saved = selective_scan_fwd(**given)
-        wanted_y, _, wanted_saved = reference.selective_scan_fwd(**host)
-        got = {"y": y} | selective_scan_bwd(given["z"], saved)._asdict()
-        wanted = {"y": wanted_y} | reference.selective_scan_bwd(host["z"], wanted_saved)._asdict()
+        host, options = cases.make_for_peer(dtype, "length")
+        dy, _ = scans.incoming(host)
+        given = {name: None if x is None else cp.asarray(x) for name, x in host.items()}
+        y, _, saved = selective_scan_fwd(**given, **options)
+        wanted_y, _, _ = reference.selective_scan_fwd(**cases.in_double(host), **options)
+        got = {"y": y} | selective_scan_bwd(cp.asarray(dy), saved)._asdict()
+        wanted = {"y": wanted_y} | scans.oracle(host, options, dy, None)._asdict()
         found[dtype] = {name: _relative_error(x, wanted[name]) for name, x in got.items() if x is not None}
     return found
 

@@ -44,6 +44,12 @@ def section(record, path):
         f"{passed} GPU tests passed in the same run, whose record is [{path.name}]({path.relative_to(ROOT)}).",
         "",
         "![Times against limits, length and batch](docs/performance.png)",
+        "",
+        "Models and their operations, milliseconds:",
+        "",
+        "| | here | original |",
+        "|---|---|---|",
+        *(f"| {row['row']} | {row['ms']:.3g} | {row['peer_ms']:.3g} |" for row in record["models"]),
         END,
     ]
     return "\n".join(lines)
