@@ -48,7 +48,7 @@ gpu:
 sanitize:
 	PYTHONPATH=.:tests compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m benchmarks.sanitize
 	PYTHONPATH=.:tests compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) -m benchmarks.sanitize
-	PYTHONPATH=.:tests compute-sanitizer --tool initcheck --error-exitcode 1 $(PYTHON) -m benchmarks.sanitize
+	PYTHONPATH=.:tests compute-sanitizer --tool initcheck --error-exitcode 1 $(PYTHON) -m benchmarks.sanitize scans
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info
