@@ -82,7 +82,7 @@ def forward(args, state, device):
 
     Eight states a lane (four complex ones) are enough independent work to hide the latencies of one step, and leave little to
     add up across lanes. Parts of time cost their recurrence twice, so they come only where they fill a GPU that is mostly idle;
-    lanes cost sums across them, and come where there are still too few warps.
+    lanes cost sums across them, and come where there are still too few warps. float64 gets twice the registers a thread.
     """
     slots = min(4 if args.complex else 8, power_of_two(state))
     lanes = power_of_two(-(-state // slots))
@@ -96,7 +96,8 @@ def forward(args, state, device):
         in_registers = tile * args.u.itemsize // lanes  # bytes of each tensor that a thread holds
         if in_registers <= 32 and shared_bytes <= _shared_bytes_for_two(device):
             break
-    return Mapping(lanes, slots, 1, tile, threads, 2, 256 // threads, splits, shared_bytes)
+    threads_of_a_team = 256 if _bytes(args)[0] == 4 else 128  # on a multiprocessor
+    return Mapping(lanes, slots, 1, tile, threads, 2, threads_of_a_team // threads, splits, shared_bytes)
 
 
 def _forward_shared_bytes(args, lanes, slots, tile, threads):
