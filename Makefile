@@ -46,9 +46,9 @@ gpu:
 	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu
 
 sanitize:
-	PYTHONPATH=.:tests compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m benchmarks.sanitize
-	PYTHONPATH=.:tests compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) -m benchmarks.sanitize
-	PYTHONPATH=.:tests compute-sanitizer --tool initcheck --error-exitcode 1 $(PYTHON) -m benchmarks.sanitize scans
+	PYTHONPATH=. compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m benchmarks.sanitize
+	PYTHONPATH=. compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) -m benchmarks.sanitize
+	PYTHONPATH=. compute-sanitizer --tool initcheck --error-exitcode 1 $(PYTHON) -m benchmarks.sanitize without-library
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info

@@ -7,17 +7,17 @@ import tempfile
 import time
 from pathlib import Path
 
+import cases
 import cupy as cp
 import numpy as np
+import scans
 
+from benchmarks import models
 from benchmarks.rows import ROWS
-from benchmarks.timing import median_seconds, sets_to_exceed_cache
+from benchmarks.timing import free, median_seconds, sets_to_exceed_cache
 from mambacupy import arrays, reference, selective_scan, selective_scan_bwd, selective_scan_fwd
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "tests"))
-import cases  # noqa: E402
-import scans  # noqa: E402
 
 
 def arguments(row, order="length", seed=0):
@@ -65,7 +65,7 @@ def time_order(row, order):
     calls = [lambda s=s, kept=kept: selective_scan_bwd(s["z"], kept) for s, kept in zip(sets, saved, strict=True)]
     backward = median_seconds(calls)
     del sets, saved, calls
-    cp.get_default_memory_pool().free_all_blocks()
+    free()
     return ("forward", round(forward * 1e3, 4)), ("backward", round(backward * 1e3, 4))
 
 
@@ -122,6 +122,7 @@ def host_microseconds():
     given = arguments(ROWS[0]._replace(batch=1, dim=64, length=64))
     _, _, saved = selective_scan_fwd(**given)
     calls = {"forward": lambda: selective_scan(**given), "backward": lambda: selective_scan_bwd(given["z"], saved)}
+    calls["state update"] = dict(models.state_update(1))[""]
     return {name: _host_microseconds(call) for name, call in calls.items()}
 
 

@@ -10,7 +10,8 @@ import cupy as cp
 import numpy as np
 
 from benchmarks import generation
-from benchmarks.timing import median_seconds
+from benchmarks.generation import VOCABULARY
+from benchmarks.timing import free, median_seconds
 from mambacupy import arrays, causal_conv1d, causal_conv1d_bwd, causal_conv1d_fwd, optim, selective_state_update
 from mambacupy.layers import map_params
 from mambacupy.models import MambaConfig, MambaLM
@@ -19,45 +20,45 @@ from mambacupy.ops.norm import rms_norm_fwd
 
 BFLOAT16 = arrays.FLOAT_DTYPES["bfloat16"]
 SIZES = generation.SIZES | {"370m": (1024, 48)}
-VOCABULARY = 50277
 
 
-def conv(order):
-    """Width 4, silu, (8, 2048, 4096)."""
-    x, dy = (_normal(8, 2048, 4096) if order == "length" else _normal(8, 4096, 2048).swapaxes(1, 2) for _ in range(2))
-    weight, bias = _normal(2048, 4), _normal(2048)
+def conv(order, batch=8, dim=2048, length=4096):
+    """Width 4, silu."""
+    shape = (batch, dim, length) if order == "length" else (batch, length, dim)
+    x, dy = (_normal(*shape) if order == "length" else _normal(*shape).swapaxes(1, 2) for _ in range(2))
+    weight, bias = _normal(dim, 4), _normal(dim)
     saved = causal_conv1d_fwd(x, weight, bias, activation="silu")[-1]
     yield "forward", lambda: causal_conv1d(x, weight, bias, activation="silu")
     yield "backward", lambda: causal_conv1d_bwd(dy, saved)
 
 
-def state_update(batch):
-    """One token of 5120 channels of 16 states."""
-    dim, state = 5120, cp.zeros((batch, 5120, 16), cp.float32)
+def state_update(batch, dim=5120):
+    """One token, 16 states a channel."""
+    state = cp.zeros((batch, dim, 16), cp.float32)
     x, dt, z, B, C = _normal(batch, dim), _normal(batch, dim), _normal(batch, dim), _normal(batch, 16), _normal(batch, 16)
     A = -cp.tile(cp.arange(1, 17, dtype=cp.float32), (dim, 1))
     D, bias = cp.ones(dim, cp.float32), cp.zeros(dim, cp.float32)
     yield "", lambda: selective_state_update(state, x, dt, A, B, C, D, z, bias, dt_softplus=True)
 
 
-def norm():
-    """RMS norm of x and a float32 residual, 32768 rows of 2048."""
-    x, residual, weight = _normal(32768, 2048), _normal(32768, 2048).astype(cp.float32), cp.ones(2048, cp.float32)
+def norm(rows=32768, dim=2048):
+    """RMS norm of the sum of x and a float32 residual."""
+    x, residual, weight = _normal(rows, dim), _normal(rows, dim).astype(cp.float32), cp.ones(dim, cp.float32)
     yield "", lambda: rms_norm_fwd(x, weight, residual, residual_dtype=arrays.FLOAT32)
 
 
-def prefill(size):
-    """One sequence of 8,192 tokens in float16, and the logits of the last."""
+def prefill(size, length=8192):
+    """One sequence in float16, and the logits of its last token."""
     model = _model(size, "float16")
-    params, tokens = generation.random_params(model), _tokens(1, 8192)
+    params, tokens = generation.random_params(model), _tokens(1, length)
     yield "", lambda: model.advance(params, tokens, model.init_state(params, 1), last_only=True)
 
 
-def training(size, batch):
-    """A step of AdamW on sequences of 2,048: bfloat16 from float32 parameters, gradients clipped."""
+def training(size, batch, length=2048):
+    """A step of AdamW: bfloat16 from float32 parameters, gradients clipped."""
     model = _model(size, "bfloat16")
     params = map_params(lambda p: p.astype(cp.float32), generation.random_params(model))
-    adam, tokens = optim.AdamW(1e-4), _tokens(batch, 2049)
+    adam, tokens = optim.AdamW(1e-4), _tokens(batch, length + 1)
     now = {"params": params, "state": adam.init(params)}
 
     def step():
@@ -87,23 +88,22 @@ def measure(only=""):
     """A dict of name, ms and peer_ms for each row whose name contains `only`; generation's are per token."""
     found = []
     for name, make, arguments, peers in ROWS:
-        if only not in name:
-            continue
-        for (part, call), peer in zip(make(*arguments), peers, strict=True):
-            ms = median_seconds([call], repeats=5 if make in (prefill, training) else 20) * 1e3
-            found.append(_row(f"{name} {part}".strip(), ms, peer))
-        cp.get_default_memory_pool().free_all_blocks()
-    if only in "generation":
-        for row in generation.measure()["rows"]:
-            name = f"generation {row['model']} float16, batch {row['batch']}, a token"
-            found.append(_row(name, row["generate_ms"], row["peer_ms"]))
+        if only in name:
+            found += _times(name, make(*arguments), peers, repeats=5 if make in (prefill, training) else 20)
+            free()
+    for row in generation.measure(only):
+        print(json.dumps(row), flush=True)
+        found.append(row)
     return found
 
 
-def _row(name, ms, peer):
-    row = {"row": name, "ms": float(f"{ms:.4g}"), "peer_ms": peer}
-    print(json.dumps(row), flush=True)
-    return row
+def _times(name, calls, peers, repeats):
+    found = []
+    for (part, call), peer in zip(calls, peers, strict=True):
+        ms = median_seconds([call], repeats) * 1e3
+        found.append({"row": f"{name} {part}".strip(), "ms": float(f"{ms:.4g}"), "peer_ms": peer})
+        print(json.dumps(found[-1]), flush=True)
+    return found
 
 
 def _model(size, dtype):
@@ -122,7 +122,9 @@ def _tokens(batch, length):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="only rows whose name contains this")
-    measure(parser.parse_args().only)
+    only = parser.parse_args().only
+    if not measure(only):
+        parser.error(f"no row's name contains {only!r}")
 
 
 if __name__ == "__main__":

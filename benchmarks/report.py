@@ -31,28 +31,33 @@ def section(record, path):
     for row in record["rows"]:
         limit = max(row[f"forward_{name}_ms"] for name in ("memory", "exponentials", "issue"))
         lines.append(
-            f"| {row['row']} | {row['forward_length_ms']:.3g} / {row['forward_channel_ms']:.3g} "
-            f"| {row['peer_forward_ms']:.3g} | {limit:.2g} "
-            f"| {row['backward_length_ms']:.3g} / {row['backward_channel_ms']:.3g} | {row['peer_backward_ms']:.3g} |"
+            f"| {row['row']} | {_ms(row['forward_length_ms'])} / {_ms(row['forward_channel_ms'])} "
+            f"| {_ms(row['peer_forward_ms'])} | {limit:.2g} "
+            f"| {_ms(row['backward_length_ms'])} / {_ms(row['backward_channel_ms'])} | {_ms(row['peer_backward_ms'])} |"
         )
-    host, first = record["host_microseconds"], record["first_call_seconds"]
+    host = ", ".join(f"{us:.0f} µs ({name})" for name, us in record["host_microseconds"].items())
+    first = record["first_call_seconds"]
     lines += [
         "",
-        f"A warm call costs the host {host['forward']:.0f} µs forward and {host['backward']:.0f} µs backward; the first call",
-        f"of all {first['compiling']:.2g} s, that of a later process {first['from_cache']:.2g} s. Forward keeps "
-        f"{record['bytes_kept_an_element']:.2g} bytes an element for backward.",
+        f"A warm call costs the host {host}; the first call of all {first['compiling']:.2g} s, that of a later",
+        f"process {first['from_cache']:.2g} s. Forward keeps {record['bytes_kept_an_element']:.1f} bytes an element.",
         f"{passed} GPU tests passed in the same run, whose record is [{path.name}]({path.relative_to(ROOT)}).",
         "",
         "![Times against limits, length and batch](docs/performance.png)",
         "",
-        "Models and their operations, milliseconds:",
+        "Models and their operations, milliseconds on the same two cards:",
         "",
-        "| | here | original |",
-        "|---|---|---|",
-        *(f"| {row['row']} | {row['ms']:.3g} | {row['peer_ms']:.3g} |" for row in record["models"]),
+        "| | here | original | original / here |",
+        "|---|---|---|---|",
+        *(f"| {r['row']} | {_ms(r['ms'])} | {_ms(r['peer_ms'])} | {r['peer_ms'] / r['ms']:.2f} |" for r in record["models"]),
         END,
     ]
     return "\n".join(lines)
+
+
+def _ms(number):
+    """Three digits."""
+    return f"{number:#.3g}".rstrip(".")
 
 
 def replace_section(text, new):

@@ -1,6 +1,7 @@
 """Time kernels by device events, over input sets that together exceed the L2 cache."""
 
 import functools
+import gc
 
 import cupy as cp
 import numpy as np
@@ -41,6 +42,12 @@ def _keep_busy():
 @functools.cache
 def _room():
     return cp.zeros(BUSY_BYTES, cp.uint8), cp.empty(BUSY_BYTES, cp.uint8)
+
+
+def free():
+    """Give memory that no array holds back to the device."""
+    gc.collect()
+    cp.get_default_memory_pool().free_all_blocks()
 
 
 def sets_to_exceed_cache(bytes_of_one):
