@@ -1,5 +1,6 @@
 """The gate of norms, linear maps, embedding and cross-entropy; wording and rules are those of `mambacupy.checks`."""
 
+import functools
 import math
 import numbers
 from typing import Any, NamedTuple
@@ -111,6 +112,8 @@ def linear(operation, x, weight, bias):
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None and parameter.dtype != x.dtype:
             raise _wrong_dtype(operation, name, parameter, (x.dtype,), ", the dtype of x")
+    if xp is not np:
+        _check_products(operation)
     return xp
 
 
@@ -263,6 +266,16 @@ def lengths(operation, x, lengths):
 
 
 # ---------------------------------------------------------------------------------------------------- parts of the above
+@functools.cache
+def _check_products(operation):
+    """Complain if CuPy has no cuBLAS: of itself it would only name a file that it does not find."""
+    from mambacupy import environment  # whose imports take as long as all others of `import mambacupy`
+
+    missing = environment.explain_missing_products()
+    if missing:
+        raise RuntimeError(f"{operation}: {missing}")
+
+
 def _check_integers(operation, name, x):
     if x.dtype.kind not in "iu":
         raise TypeError(f"{operation}: {name} is {dtype_name(x.dtype)}, wanted int32 or int64; write {name}.astype('int64')")

@@ -1,6 +1,7 @@
 """The command line: `mambacupy scan`, `mambacupy grad`, `mambacupy generate` and `mambacupy info`."""
 
 import contextlib
+import functools
 import json as json_format
 import os
 import re
@@ -216,14 +217,14 @@ def _errors_in_one_line(relief="a smaller --block-length"):
         raise
 
 
-def _device(name):
-    """CUDA device number, or None for the CPU."""
+def _device(name, multiplies=False):
+    """CUDA device number, or None for the CPU. `multiplies`: for work that multiplies matrices."""
     match = re.fullmatch(r"cuda(?::(\d+))?", name)
     if name == "cpu":
         return None
     if name != "auto" and not match:
         raise OneLineError(f"--device {name}: wanted auto, cpu, cuda or cuda:N")
-    missing = environment.explain_missing()
+    missing = environment.explain_missing() or (environment.explain_missing_products() if multiplies else None)
     if missing:
         if name == "auto":
             return None
@@ -327,7 +328,7 @@ def generate(**given):
     Text appears as it is made. Ctrl-C ends it and keeps what there is.
     """
     with _errors_in_one_line("a smaller --dtype"):
-        job = generate_command.Job(given, _device)
+        job = generate_command.Job(given, functools.partial(_device, multiplies=True))
         code = job.run()
         job.report(_place(job.gpu))
     sys.exit(code)
@@ -357,11 +358,15 @@ def info(as_json):
     if facts["missing"]:
         click.echo("NumPy arrays run on the CPU. CuPy arrays cannot run here:")
         click.echo(f"  {facts['missing']}")
-    elif facts["cuda_headers"]:
-        click.echo("NumPy arrays run on the CPU, CuPy arrays on their GPU. Nothing is missing.")
-    else:
+        return
+    if not facts["cuda_headers"]:
         click.echo("NumPy arrays run on the CPU, CuPy arrays on their GPU, but kernels of CuPy's own may need CUDA's headers:")
         click.echo(f"  {environment.headers_hint()}")
+    if facts["missing_for_models"]:
+        click.echo("The scan runs on the CPU and on the GPU, but models only on the CPU:")
+        click.echo(f"  {facts['missing_for_models']}")
+    if facts["cuda_headers"] and not facts["missing_for_models"]:
+        click.echo("NumPy arrays run on the CPU, CuPy arrays on their GPU. Nothing is missing.")
 
 
 def _cuda(version):

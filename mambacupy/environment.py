@@ -52,6 +52,23 @@ def explain_missing():
     return None
 
 
+def explain_missing_products():
+    """Why matrices cannot be multiplied on a GPU, with the command that mends it; None if they can.
+
+    The scan multiplies none. Asked after `explain_missing`, which is needed for both.
+    """
+    import cupy
+
+    try:
+        importlib.import_module("cupy.cublas")
+    except Exception as error:
+        return (
+            f"cuBLAS, which multiplies matrices, is missing ({_first_line(error)}): "
+            f'pip install "cuda-toolkit[cublas]=={cupy.cuda.runtime.runtimeGetVersion() // 1000}.*"'
+        )
+    return None
+
+
 def headers_hint():
     """The command that installs NVRTC and CUDA's headers for the CuPy that is there."""
     import cupy
@@ -68,6 +85,7 @@ def report():
         "numpy": np.__version__,
         "cupy_builds": cupy_builds(),
         "missing": missing,
+        "missing_for_models": None,
         "devices": [],
         "cuda_driver": None,
         "cuda_runtime": None,
@@ -87,6 +105,8 @@ def report():
     facts["cuda_driver"] = _try(cupy.cuda.runtime.driverGetVersion) or None
     facts["nvrtc"] = _try(lambda: ".".join(map(str, cupy.cuda.nvrtc.getVersion())))
     facts["cuda_headers"] = _try(_header_folder)
+    if missing is None:
+        facts["missing_for_models"] = explain_missing_products()
     for index in range(_try(cupy.cuda.runtime.getDeviceCount) or 0):
         properties = cupy.cuda.runtime.getDeviceProperties(index)
         facts["devices"].append(

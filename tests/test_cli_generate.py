@@ -230,6 +230,10 @@ def test_a_missing_gpu_is_explained(folder, run, monkeypatch):
     monkeypatch.setattr(environment, "explain_missing", lambda: "there is none: buy one")
     done = run(folder, "--prompt", "a", "--device", "cuda")
     assert done.code == 2 and done.err == "mambacupy: --device cuda: there is none: buy one\n"
+    monkeypatch.setattr(environment, "explain_missing", lambda: None)
+    monkeypatch.setattr(environment, "explain_missing_products", lambda: "no cuBLAS: install it")
+    done = run(folder, "--prompt", "a", "--device", "cuda")
+    assert done.code == 2 and done.err == "mambacupy: --device cuda: no cuBLAS: install it\n"
 
 
 def test_an_output_is_replaced_by_force(folder, run, tmp_path):

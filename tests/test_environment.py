@@ -5,9 +5,10 @@ import json
 import sys
 import types
 
+import numpy as np
 import pytest
 
-from mambacupy import environment
+from mambacupy import arrays, checks_dense, environment
 from mambacupy.cli import main
 
 
@@ -45,6 +46,7 @@ def cupy(monkeypatch, builds):
     )
     module.cuda = types.SimpleNamespace(runtime=runtime, nvrtc=types.SimpleNamespace(getVersion=lambda: (12, 9)))
     monkeypatch.setitem(sys.modules, "cupy", module)
+    monkeypatch.setitem(sys.modules, "cupy.cublas", types.ModuleType("cupy.cublas"))
     return module
 
 
@@ -120,6 +122,29 @@ def test_no_nvrtc(cupy, capsys):
     missing = environment.explain_missing()
     assert "NVRTC" in missing and 'pip install "cuda-toolkit[cudart,nvrtc]==12.*"' in missing
     assert "NVRTC none" in info(capsys)
+
+
+def test_no_cublas(cupy, monkeypatch, capsys):
+    """The scan runs, and models do not: both are said."""
+    monkeypatch.setitem(sys.modules, "cupy.cublas", None)
+    missing = environment.explain_missing_products()
+    assert environment.explain_missing() is None
+    assert "cuBLAS" in missing and 'pip install "cuda-toolkit[cublas]==12.*"' in missing
+    out = info(capsys)
+    assert missing in out and "models only on the CPU" in out and "Nothing is missing" not in out
+    assert json.loads(info(capsys, "--json"))["missing_for_models"] == missing
+
+
+def test_a_product_without_cublas_says_so(cupy, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy.cublas", None)
+    monkeypatch.setattr(arrays, "namespace", lambda *_, **__: cupy)
+    checks_dense._check_products.cache_clear()
+    x, weight = np.zeros((2, 3), np.float32), np.zeros((4, 3), np.float32)
+    with pytest.raises(RuntimeError, match=r'linear_fwd: cuBLAS.* is missing .*: pip install "cuda-toolkit\[cublas\]==12'):
+        checks_dense.linear("linear_fwd", x, weight, None)
+    monkeypatch.setitem(sys.modules, "cupy.cublas", types.ModuleType("cupy.cublas"))
+    assert checks_dense.linear("linear_fwd", x, weight, None) is cupy
+    checks_dense._check_products.cache_clear()
 
 
 def test_info_here_says_the_same_as_text_and_json(capsys):

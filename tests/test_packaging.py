@@ -67,7 +67,10 @@ def test_metadata(dist_info):
     assert metadata["Name"] == "mambacupy" and metadata["Version"] == mambacupy.__version__
     assert metadata["License-Expression"] == "MIT" and metadata.get_all("License-File") == ["LICENSE"]
     assert (dist_info / "licenses" / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
-    assert set(metadata.get_all("Provides-Extra")) == {"cuda12", "cuda13", "models", "plot", "test", "lint"}
+    extras = {"cuda12", "cuda13", "models", "models-cuda12", "models-cuda13", "plot", "test", "lint"}
+    assert set(metadata.get_all("Provides-Extra")) == extras
+    with_cublas = {re.search(r"extra == .([\w-]+)", line)[1] for line in metadata.get_all("Requires-Dist") if "cublas" in line}
+    assert with_cublas == {"models-cuda12", "models-cuda13"}  # the scan installs without it
     assert metadata.get_payload().strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
     needed = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert sorted(re.match(r"\w+", line)[0] for line in needed) == ["click", "ml_dtypes", "numpy"]  # no CuPy unless asked for
