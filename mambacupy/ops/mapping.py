@@ -57,9 +57,21 @@ def _bytes(args):
     return real, real * (2 if args.complex else 1)
 
 
+MOST_LANES = 16
+"""Lanes of a channel in the backward kernel at most: two lane groups of a warp take turns where they leave their sums."""
+
+
 def states_of_a_launch(args, forward):
     """States that one launch covers. More are scanned slice by slice, each adding its part of every sum over them."""
-    return (1024 if forward else 256) // _bytes(args)[1]
+    return 1024 // _bytes(args)[1] if forward else MOST_LANES * _slots_backward(args)
+
+
+def _slots_backward(args):
+    """Most states of a channel in a lane of the backward kernel."""
+    real_bytes, state_bytes = _bytes(args)
+    one_is_constant = (args.groups_B > 0) != (args.groups_C > 0)
+    room = 8 if args.zoh or real_bytes == 8 or one_is_constant else 16
+    return max(room // state_bytes, 1)
 
 
 def _parts_of_time(args, wanted):
@@ -116,10 +128,8 @@ def backward(args, state, device):
     many where float64, zero-order hold, or sums over channels beside sums over time need more for each. The size of a block
     follows from shared memory, of which two blocks are to fit on a multiprocessor.
     """
-    real_bytes, state_bytes = _bytes(args)
-    one_is_constant = (args.groups_B > 0) != (args.groups_C > 0)
-    room = 8 if args.zoh or real_bytes == 8 or one_is_constant else 16
-    slots = min(max(room // state_bytes, 1), max(power_of_two(state) // 2, 1))  # two lanes at least can share two channels
+    state_bytes = _bytes(args)[1]
+    slots = min(_slots_backward(args), max(power_of_two(state) // 2, 1))  # two lanes at least can share two channels
     lanes = power_of_two(-(-state // slots))
     sizes = [(2, 128), (2, 64), (2, 32), (1, 32)] if lanes > 1 and state_bytes <= 8 else [(1, 128), (1, 64), (1, 32)]
 
