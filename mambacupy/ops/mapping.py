@@ -16,6 +16,9 @@ more lanes."""
 CHUNKS_OF_A_PART = 2
 """Chunks in a part of time at least: a part must be worth the launch that finds what enters it."""
 
+MOST_LANES = 16
+"""Lanes of a channel in the backward kernel at most: two lane groups of a warp take turns where they leave their sums."""
+
 COST_OF_HALF_A_BLOCK = 1.08
 """Time for a channel in a block of half the size, relative to a full one: fewer channels share a load of B and C."""
 
@@ -55,10 +58,6 @@ def _bytes(args):
     """Size of a real number and of a state."""
     real = arrays.compute_dtype(args.u.dtype).itemsize
     return real, real * (2 if args.complex else 1)
-
-
-MOST_LANES = 16
-"""Lanes of a channel in the backward kernel at most: two lane groups of a warp take turns where they leave their sums."""
 
 
 def states_of_a_launch(args, forward):
