@@ -12,6 +12,7 @@ import numpy as np
 
 from mambacupy import arrays, kernels
 from mambacupy.layers import State
+from mambacupy.ops.mapping import power_of_two
 
 THREADS, WARPS = 256, 8
 """Of a block, as cuda_src/decode.cuh has them."""
@@ -187,8 +188,8 @@ class DecodeStep:
     def _batch_tile(self, row_tiles):
         """Sequences that a block has: as many as there are, unless that leaves multiprocessors without a block."""
         if not self.tensor:
-            return min(8, _power_of_two(self.batch))
-        tile = 8 if self.batch <= 8 else min(64, max(16, _power_of_two(self.batch)))
+            return min(8, power_of_two(self.batch))
+        tile = 8 if self.batch <= 8 else min(64, max(16, power_of_two(self.batch)))
         while tile > 16 and row_tiles * -(-self.batch // tile) < self.multiprocessors:
             tile //= 2
         return tile
@@ -213,7 +214,7 @@ class DecodeStep:
             "LAYER": int(norm is not None and not self.config.rms_norm and total is not None),
             "HAS_RESIDUAL": int(stream.get("residual") is not None),
             "NORM_VECTOR": 1 if norm is None else _widest(4, x, x_row, size),
-            "TEAMS": 1 if norm is None else min(8, _power_of_two(self.batch)),
+            "TEAMS": 1 if norm is None else min(8, power_of_two(self.batch)),
             "TOTAL_T": kernels.C_TYPES[(self.totals[0] if total is None else total).dtype.name],
         }
         return constants, {"x_row": x_row, "vocabulary": self.config.padded_vocab_size, "eps": _bits(eps)}
@@ -224,7 +225,7 @@ class DecodeStep:
         states = (state.ssm, weights["A"])
         vector = min(_widest(4, x, c.d_state) for x in states)
         vector = min(vector, *(_widest(vector, given[name], rows[name]) for name in "BC"))
-        lanes = min(32, _power_of_two(-(-c.d_state // vector)))
+        lanes = min(32, power_of_two(-(-c.d_state // vector)))
         entries = 4 if self.batch >= 32 else 1
         constants = {
             "RANK": c.rank,
@@ -265,11 +266,6 @@ def _widest(most, *tensors):
     """Elements moved at once: at most `most`, dividing all row lengths and the places where arrays begin."""
     starts = (x if isinstance(x, int) else kernels.address(x) // x.itemsize for x in tensors)
     return math.gcd(most, *starts)
-
-
-def _power_of_two(count):
-    """The smallest power of two that is no smaller."""
-    return 1 << (count - 1).bit_length()
 
 
 def _bits(x):

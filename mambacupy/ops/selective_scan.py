@@ -84,7 +84,8 @@ def selective_scan(
     Notes
     -----
     CuPy arrays are scanned on their device and the current stream, without synchronising. Arithmetic and states are float32
-    at least. Results are bit-identical from run to run.
+    at least. Results are bit-identical from run to run. Few channels and many steps are scanned in parts of time side by side:
+    there a NaN reaches later parts only within the memory of the states (docs/gradient.md, "Time in parts").
     """
     y, last_state, _ = _scan(
         "selective_scan", u, delta, A, B, C, D, z, delta_bias, initial_state,
