@@ -28,7 +28,7 @@ extern "C" __global__ void __launch_bounds__(256) combine_carries(const Params p
     STATE_T enters = {};
     if (p.enters) enters = p.enters[b * p.enters_batch + c * p.enters_dim + n * p.enters_state];
     for (long long first = 0; first < p.splits; first += AHEAD) {
-        STATE_T local[AHEAD] = {}, whole[AHEAD];
+        STATE_T local[AHEAD] = {}, half[AHEAD];
         REAL total[AHEAD] = {};
         auto split = [&](int i) { return b * p.splits + (BACKWARD ? p.splits - 1 - (first + i) : first + i); };
         auto carry = [&](int i) -> STATE_T& { return p.carries[(split(i) * p.dim + c) * p.state_total + n]; };
@@ -39,13 +39,16 @@ extern "C" __global__ void __launch_bounds__(256) combine_carries(const Params p
             total[i] = p.totals[split(i) * p.dim + c];
         }
 #pragma unroll
-        for (int i = 0; i < AHEAD; ++i) whole[i] = decay(total[i], rate);
+        for (int i = 0; i < AHEAD; ++i) {
+            half[i] = decay(total[i] * REAL(0.5), rate);               // twice: over a whole part, growth may overflow
+            if (BACKWARD) half[i] = conj(half[i]);
+        }
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) {
             if (first + i >= p.splits) break;
             carry(i) = enters;
             // Nothing stays nothing, however much a whole part would have made of it.
-            enters = is_zero(enters) ? local[i] : multiply_add(BACKWARD ? conj(whole[i]) : whole[i], enters, local[i]);
+            enters = is_zero(enters) ? local[i] : multiply_add(half[i], half[i] * enters, local[i]);
         }
     }
 }

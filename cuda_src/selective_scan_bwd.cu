@@ -88,7 +88,7 @@ template <int COUNT> DEVICE Wide<COUNT> operator+(Wide<COUNT> a, Wide<COUNT> b) 
     return a;
 }
 
-// Where a lane group leaves its share of kind 0 or 1. Groups take turns in which kind comes first: two that write at once would
+// Where a lane group of a warp leaves its share of kind 0 or 1. Groups take turns in which kind comes first: two that write at once would
 // else meet in the same banks.
 DEVICE constexpr int column_of(int kind, int group) { return (kind ^ (group & (KINDS - 1))) * STATES * REALS; }
 
@@ -251,10 +251,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
         }
     };
 
-    constexpr bool FROM_END = REVERSE == CARRIES_ONLY;                 // against time, but for what a part hands on (tile.cuh)
-    constexpr int BACK = FROM_END ? -CHUNK : CHUNK;
-    long long t0 = FROM_END ? (time.end - 1) / CHUNK * CHUNK : time.begin;
-    for (; t0 >= time.begin && t0 < time.end; t0 += BACK) {            // a part may be empty
+    const bool gathers = CARRIES_ONLY && __syncthreads_and(p.delta_softplus && !memory.grows());
+    const bool from_end = REVERSE == gathers;
+    const int back = from_end ? -CHUNK : CHUNK;
+    long long t0 = from_end ? (time.end - 1) / CHUNK * CHUNK : time.begin;
+    for (; t0 >= time.begin && t0 < time.end; t0 += back) {            // a part may be empty
         const int steps = p.length - t0 < TILE ? (int)(p.length - t0) : TILE;
 
         // -------------------------------------------------------------------------------------- Δ, Δ·u, gy, B and C
@@ -300,25 +301,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
         }
         __syncthreads();
 
-        if (CARRIES_ONLY) {                                            // [1] as a sum: Σ_t conj(exp(A·S_t))·gy_t·conj(C_t), S_t = Σ Δ up to t
+        if (CARRIES_ONLY) {                                            // [1], as a sum along time or in order (tile.cuh)
+            auto carry_tile = [&](bool gathers) {                      // the sum: Σ_t conj(exp(A·S_t))·gy_t·conj(C_t), S_t = Σ Δ up to t
 #pragma unroll 4
-            for (int t = 0; t < TILE; ++t) {
+                for (int step = 0; step < TILE; ++step) {
+                    const int t = gathers ? step : TILE - 1 - step;
 #pragma unroll
-                for (int k = 0; k < CHANNELS; ++k) {
-                    memory.pass(k, shared.steps[t][column<sizeof(Step)>(channel(k), t)].dt);
-                    real gy = shared.gates[t][column<sizeof(real)>(channel(k), t)] * real(COMPLEX ? 2 : 1);
+                    for (int k = 0; k < CHANNELS; ++k) {
+                        const real dt = shared.steps[t][column<sizeof(Step)>(channel(k), t)].dt;
+                        const real gy = shared.gates[t][column<sizeof(real)>(channel(k), t)] * real(COMPLEX ? 2 : 1);
+                        memory.pass(k, dt);
 #pragma unroll
-                    for (int i = 0; i < SLOTS; ++i) {
-                        state_t Cn = C_VARIES ? shared.C[t * COEFFICIENT_PITCH + lane * SLOTS + i] : C_kept[k][i];
-                        carry[k][i] = multiply_add(conj(decay(memory.total[k], rate[k][i])), gy * conj(Cn), carry[k][i]);
+                        for (int i = 0; i < SLOTS; ++i) {
+                            const state_t Cn = C_VARIES ? shared.C[t * COEFFICIENT_PITCH + lane * SLOTS + i] : C_kept[k][i];
+                            const state_t a = conj(decay(gathers ? memory.total[k] : dt, rate[k][i])), input = gy * conj(Cn);
+                            carry[k][i] = gathers ? multiply_add(a, input, carry[k][i]) : a * (input + carry[k][i]);
+                        }
                     }
                 }
-            }
-            if (__syncthreads_and(p.delta_softplus && memory.is_exhausted())) break;
+            };
+            if (gathers) carry_tile(true); else carry_tile(false);
+            if (__syncthreads_and(gathers && memory.is_exhausted())) break;
             continue;
         }
 
-        if (FROM_END ? t0 > time.begin : t0 + BACK < time.end) prefetch_tile(t0 + BACK);
+        if (from_end ? t0 > time.begin : t0 + back < time.end) prefetch_tile(t0 + back);
 
         // -------------------------------------------------------------------------------------- forwards: h of each segment
         state_t h[CHANNELS][SLOTS], a[CHANNELS][SLOTS];
@@ -431,8 +438,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
                     auto& columns = shared.columns[threadIdx.x / 32];
                     real* mine = &columns[j % COLUMN_STEPS][group % WARP_GROUPS][lane * SLOTS * REALS];
                     typedef Wide<SLOTS * REALS> Share;
-                    if (B_VARIES) *reinterpret_cast<Share*>(mine + column_of(0, group)) = *reinterpret_cast<const Share*>(dB);
-                    if (C_VARIES) *reinterpret_cast<Share*>(mine + column_of(KINDS - 1, group)) = *reinterpret_cast<const Share*>(dC);
+                    if (B_VARIES) *reinterpret_cast<Share*>(mine + column_of(0, group % WARP_GROUPS)) = *reinterpret_cast<const Share*>(dB);
+                    if (C_VARIES) *reinterpret_cast<Share*>(mine + column_of(KINDS - 1, group % WARP_GROUPS)) = *reinterpret_cast<const Share*>(dC);
                     if (j % COLUMN_STEPS == 0) {
                         __syncwarp();
                         sum_columns(columns, &shared.warp_sums[segment % SUM_BUFFERS][threadIdx.x / 32][j]);

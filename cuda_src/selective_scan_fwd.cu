@@ -307,20 +307,23 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
         }
     };
 
-    // What a part of time hands on: Σ_t exp(A·S_t)·input_t, where S_t is Σ Δ of the steps after t. Against time (tile.cuh).
-    auto gather = [&](int buffer) {
+    // What a part of time hands on, in one of two ways (tile.cuh): against time, gathered as Σ_t exp(A·S_t)·input_t, where S_t is
+    // Σ Δ of the steps after t; or in order, by the recurrence.
+    auto carry_tile = [&](int buffer, bool gathers) {
 #pragma unroll 8
-        for (int t = TILE - 1; t >= 0; --t) {
+        for (int step = 0; step < TILE; ++step) {
+            const int t = gathers ? TILE - 1 - step : step;
             const Inputs now(shared, buffer, t / VECTOR * VECTOR, t % VECTOR, lane, group);
 #pragma unroll
             for (int k = 0; k < CHANNELS; ++k) {
 #pragma unroll
                 for (int i = 0; i < SLOTS; ++i) {
+                    const state_t a = decay(gathers ? memory.total[k] : now.step[k].dt, rate[k][i]);
                     state_t input = now.step[k].dtu * (B_VARIES ? now.B[i] : B_kept[k][i]);
 #if ZOH
-                    input = input * phi(now.step[k].dt * A_kept[k][i], decay(now.step[k].dt, rate[k][i]));
+                    input = input * phi(now.step[k].dt * A_kept[k][i], gathers ? decay(now.step[k].dt, rate[k][i]) : a);
 #endif
-                    h[k][i] = multiply_add(decay(memory.total[k], rate[k][i]), input, h[k][i]);
+                    h[k][i] = gathers ? multiply_add(a, input, h[k][i]) : multiply_add(a, h[k][i], input);
                 }
                 memory.pass(k, now.step[k].dt);
             }
@@ -334,33 +337,36 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
     }
     __syncthreads();
 
-    constexpr bool FROM_END = REVERSE != CARRIES_ONLY;
-    constexpr int AHEAD = FROM_END ? -TILE : TILE;
+    const bool gathers = CARRIES_ONLY && __syncthreads_and(p.delta_softplus && !memory.grows());
+    const bool from_end = REVERSE != gathers;
+    const int ahead = from_end ? -TILE : TILE;
     const long long tiles = (time.end - time.begin + TILE - 1) / TILE;
-    long long t0 = FROM_END ? (time.end - 1) / TILE * TILE : time.begin;
+    long long t0 = from_end ? (time.end - 1) / TILE * TILE : time.begin;
     if (does_elements && tiles > 0) {
         load(t0);
         prepare(t0, 0);
-        if (tiles > 1) load(t0 + AHEAD);
+        if (tiles > 1) load(t0 + ahead);
     }
-    for (long long tile = 0; tile < tiles; ++tile, t0 += AHEAD) {
+    for (long long tile = 0; tile < tiles; ++tile, t0 += ahead) {
         const int buffer = tile & 1;
         if (!CARRIES_ONLY) __syncthreads();
-        else if (__syncthreads_and(does_elements || (p.delta_softplus && memory.is_exhausted()))) break;
+        else if (__syncthreads_and(does_elements || (gathers && memory.is_exhausted()))) break;
         if (does_elements) {
-            if (tile > 0) finish(t0 - AHEAD, buffer ^ 1);
-            if (tile + 1 < tiles) prepare(t0 + AHEAD, buffer ^ 1);
-            if (tile + 2 < tiles) load(t0 + 2 * AHEAD);
+            if (tile > 0) finish(t0 - ahead, buffer ^ 1);
+            if (tile + 1 < tiles) prepare(t0 + ahead, buffer ^ 1);
+            if (tile + 2 < tiles) load(t0 + 2 * ahead);
             load_to_finish(t0);
-        } else if (CARRIES_ONLY) {
-            gather(buffer);
-        } else {
+        } else if (!CARRIES_ONLY) {
             advance(t0, buffer);
+        } else if (gathers) {
+            carry_tile(buffer, true);
+        } else {
+            carry_tile(buffer, false);
         }
     }
     __syncthreads();
     if (does_elements) {
-        if (tiles > 0) finish(t0 - AHEAD, (tiles - 1) & 1);
+        if (tiles > 0) finish(t0 - ahead, (tiles - 1) & 1);
         return;
     }
     if (CARRIES_ONLY) {

@@ -187,7 +187,9 @@ struct Split {
 };
 
 // What a part hands on is gathered from the end at which it leaves, and only as far as the states of a block remember: where what
-// is left of a step after all that lie between would be below 2^FORGOTTEN of itself, nothing further is looked at.
+// is left of a step after all that lie between would be below 2^FORGOTTEN of itself, nothing further is looked at. Where steps
+// may be negative (no softplus) or a state grows, a decay over many steps may overflow though that of each step does not: such
+// parts are walked in order, by the recurrence itself.
 constexpr real FORGOTTEN = sizeof(real) == 4 ? -150 : -1100;           // log2 of less than the smallest number
 
 template <int COUNT>
@@ -201,6 +203,12 @@ struct Memory {                                                        // of a l
         has_states[k] = true;
     }
     DEVICE void pass(int k, real dt) { add_exactly(total[k], lost[k], dt); }
+    DEVICE bool grows() const {
+        bool any = false;
+#pragma unroll
+        for (int k = 0; k < COUNT; ++k) any = any || (has_states[k] && slowest[k] > 0);
+        return any;
+    }
     DEVICE bool is_exhausted() const {                                 // provided that no step is negative
         bool exhausted = true;
 #pragma unroll

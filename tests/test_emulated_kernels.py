@@ -4,10 +4,11 @@ import shutil
 
 import cases
 import emulator
+import numpy as np
 import pytest
 import scans
 
-from mambacupy import checks, kernels
+from mambacupy import checks, kernels, reference
 from mambacupy.ops import scan_kernels
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
@@ -40,22 +41,69 @@ def test_row(monkeypatch, row, device):
     check(monkeypatch, device, cases.BASE | row, *cases.make(**row))
 
 
+FORGETFUL = {
+    "fast": lambda A: 30 * A,  # what a part hands on is gathered from its end, and not to its beginning
+    "just not": lambda A: np.broadcast_to(-0.4 * (1 + np.arange(A.shape[1]) / 40), A.shape),
+    "some states slow": lambda A: np.broadcast_to(np.where(np.arange(A.shape[1]) % 2, -60.0, -0.05), A.shape),
+    "at once": lambda A: np.where(np.arange(A.shape[1]) % 2, -1e30, A),
+}
+
+
 @pytest.mark.parametrize("reverse", [False, True])
-def test_parts_of_time_that_forget(monkeypatch, reverse):
-    """States that decay fast: what a part hands on is gathered from its end, and not to its beginning."""
-    case = {"batch": 1, "dim": 5, "length": 1100, "state": 4, "reverse": reverse}
+@pytest.mark.parametrize("kind", FORGETFUL)
+def test_parts_of_time_that_forget(monkeypatch, kind, reverse):
+    case = {"batch": 1, "dim": 5, "length": 1100, "state": 8, "reverse": reverse}
     arguments, options = cases.make(**case)
-    arguments["A"] *= 30
+    arguments["A"] = np.ascontiguousarray(FORGETFUL[kind](arguments["A"]), arguments["A"].dtype)
     check(monkeypatch, emulator.H100, cases.BASE | case, arguments, options)
+
+
+def test_an_infinite_decay_forgets_at_once(monkeypatch):
+    results = []
+    for A in (-1e30, -np.inf):
+        arguments, options = cases.make(state=3, dim=5, length=33)
+        arguments["A"][:, 1] = A
+        results.append(run(monkeypatch, emulator.H100, arguments, options, *scans.incoming(arguments))[0])
+    for one, two in zip(*results, strict=True):
+        assert np.isfinite(one).all() and one.tobytes() == two.tobytes()
+
+
+@pytest.mark.parametrize(("dtype", "A", "small"), [("float32", 1.0, 1e-25), ("float64", 7.0, 1e-250)])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_parts_of_time_that_grow(monkeypatch, dtype, A, small, reverse):
+    """The decay over a part overflows, though nothing that it multiplies does: what is 0 stays 0, and what is small grows."""
+    case = {"batch": 1, "dim": 3, "length": 1152, "state": 4, "dtype": dtype, "delta_softplus": False, "reverse": reverse}
+    arguments, options = cases.make(**case, delta_bias=False)
+    dy, dlast_state = scans.incoming(arguments)
+    steps = np.arange(1152)[::-1] if reverse else np.arange(1152)  # in the order of the walk
+    arguments["A"][...] = A
+    arguments["delta"][...] = np.where(steps < 1024, 0, 0.9)  # all growth lies in the last part, of 128 steps
+    arguments["u"][..., steps < 1144] = dy[..., steps > 1032] = 0
+    arguments["initial_state"] *= small
+    got, grads = run(monkeypatch, emulator.H100, arguments, options, dy, dlast_state * small)
+    y, last_state, _ = reference.selective_scan_fwd(**cases.in_double(arguments), **options)
+    wanted = scans.oracle(arguments, options, dy, dlast_state * small)
+    most = 0.9 * A * 128 * np.finfo(dtype).eps  # e^x amplifies a rounding of x by x
+    assert cases.relative_error(got[0], y) <= most and cases.relative_error(got[1], last_state) <= most
+    assert {
+        n: cases.relative_error(x, w)
+        for n, x, w in zip(wanted._fields, grads, wanted, strict=True)
+        if x is not None and not cases.relative_error(x, w) <= most
+    } == {}
 
 
 def check(monkeypatch, device, case, arguments, options):
     dy, dlast_state = scans.incoming(arguments)
+    got, grads = run(monkeypatch, device, arguments, options, dy, dlast_state)
+    assert scans.wrong_results(got, arguments, options, case) == {}
+    assert scans.wrong_gradients(grads, scans.oracle(arguments, options, dy, dlast_state), case) == {}
+
+
+def run(monkeypatch, device, arguments, options, dy, dlast_state):
+    """(y, last_state, states), and the gradients."""
     emulator.install(monkeypatch, device)
     args = checks.selective_scan("test", **arguments, discretization=options["discretization"])
     args = args._replace(xp=emulator.Memory())
     direction = options["delta_softplus"], options["reverse"]
     got = scan_kernels.forward(args, *direction, True)
-    grads = scan_kernels.backward(args, *direction, got[2], dy, dlast_state, arguments["B"], arguments["C"])
-    assert scans.wrong_results(got, arguments, options, case) == {}
-    assert scans.wrong_gradients(grads, scans.oracle(arguments, options, dy, dlast_state), case) == {}
+    return got, scan_kernels.backward(args, *direction, got[2], dy, dlast_state, arguments["B"], arguments["C"])

@@ -16,9 +16,6 @@ more lanes."""
 CHUNKS_OF_A_PART = 2
 """Chunks in a part of time at least: a part must be worth the launch that finds what enters it."""
 
-MOST_LANES = 16
-"""Lanes of a channel in the backward kernel at most: two lane groups of a warp take turns where they leave their sums."""
-
 COST_OF_HALF_A_BLOCK = 1.08
 """Time for a channel in a block of half the size, relative to a full one: fewer channels share a load of B and C."""
 
@@ -62,7 +59,7 @@ def _bytes(args):
 
 def states_of_a_launch(args, forward):
     """States that one launch covers. More are scanned slice by slice, each adding its part of every sum over them."""
-    return 1024 // _bytes(args)[1] if forward else MOST_LANES * _slots_backward(args)
+    return 1024 // _bytes(args)[1] if forward else 32 * _slots_backward(args)
 
 
 def _slots_backward(args):
