@@ -114,6 +114,18 @@ DEVICE void store_pack(T* __restrict__ to, const Pack<T, COUNT>& pack, int valid
     }
 }
 
+// The same where a pack exists as a whole or not at all, as whoever chose COUNT made sure: less than half the code.
+template <typename T, int COUNT>
+DEVICE Pack<T, COUNT> load_whole(const T* __restrict__ from, bool exists) {
+    Pack<T, COUNT> pack = {};
+    if (exists) pack = *reinterpret_cast<const Pack<T, COUNT>*>(from);
+    return pack;
+}
+template <typename T, int COUNT>
+DEVICE void store_whole(T* __restrict__ to, const Pack<T, COUNT>& pack, bool exists) {
+    if (exists) *reinterpret_cast<Pack<T, COUNT>*>(to) = pack;
+}
+
 // x itself, of which the compiler knows nothing: what follows from it is computed where it is used, not kept in registers.
 template <typename I> DEVICE I recomputed(I x) {
 #ifdef __CUDA_ARCH__

@@ -14,11 +14,11 @@
 //
 // Few channels and long sequences: time is cut into parts, and a first launch with CARRIES_ONLY runs [1] alone (tile.cuh).
 //
-// Sums over time are kept in two levels, a chunk's and the total, so that rounding does not grow with the length.
+// Sums over time are kept in two levels, that of a few chunks and the total, so that rounding does not grow with the length.
 // No atomics: dB and dC are summed over a warp and then over warps through shared memory, and over blocks by sum_parts.cu; dA,
 // dD and ddelta_bias over time by their threads, and over the batch by sum_parts.cu. Every order is fixed.
 //
-// Compile-time, besides tile.cuh's: CARRIES_ONLY DY_T ZOH SHARED_BYTES BLOCKS_PER_SM.
+// Compile-time, besides tile.cuh's: CARRIES_ONLY DY_T ZOH SLICED SHARED_BYTES BLOCKS_PER_SM.
 #define COEFFICIENT_PADDING 8
 #include "tile.cuh"
 
@@ -31,9 +31,11 @@ constexpr int WIDE = 16 / sizeof(real) < STATES * REALS ? 16 / sizeof(real) : ST
 constexpr int COLUMNS = KINDS > 0 ? KINDS * STATES * REALS : WIDE;     // numbers of a step that are summed over channels
 constexpr int COLUMN_STEPS = SEGMENT / 2;                              // steps between two such sums over a warp
 constexpr int SUM_BUFFERS = COLUMNS <= 64 ? 2 : 1;                     // with one, all threads wait for each other twice as often
-constexpr int SHARERS = THREADS / BLOCK_CHANNELS;                      // threads that sum one channel over time
+constexpr int B_LOADS = coefficient_loads<B_VECTOR>(), C_LOADS = coefficient_loads<C_VECTOR>();
+constexpr bool COEFFICIENTS_AHEAD = B_LOADS <= 4 && C_LOADS <= 4;      // few enough to wait in registers
+constexpr int ITEM_LANES = TIME_CONTIGUOUS ? TILE / VECTOR : BLOCK_CHANNELS / VECTOR;          // whose items lie in one row in memory
+constexpr int TIME_PARTS = TIME_CONTIGUOUS ? (ITEM_LANES + 31) / 32 : THREADS / (ITEM_LANES < 32 ? 32 : ITEM_LANES);
 static_assert(TILE == CHUNK, "a tile is a chunk");
-static_assert(TILE % (4 * SHARERS) == 0, "threads of a channel share its steps evenly");
 static_assert(BLOCK_CHANNELS <= THREADS, "a thread sums at most one channel over time");
 static_assert(CHANNELS == 1 || LANES > 1, "two channels are told apart by neighbouring lanes");
 
@@ -46,7 +48,8 @@ struct Shared {
     state_t B[B_VARIES ? TILE * COEFFICIENT_PITCH : 1], C[C_VARIES ? TILE * COEFFICIENT_PITCH : 1];
     alignas(16) real columns[WARPS][COLUMN_STEPS][WARP_GROUPS][COLUMNS];                      // dB and dC of each lane group,
     alignas(16) real warp_sums[SUM_BUFFERS][WARPS][SEGMENT][COLUMNS];                         // and of each warp
-    struct TimeSums { real dD, dD_lost, dbias, dbias_lost; } sums[THREADS];                   // of channel thread % BLOCK_CHANNELS
+    struct Terms { real dD, dbias; } terms[TIME_PARTS][BLOCK_CHANNELS];                       // a chunk's, by those that added them up,
+    struct TimeSums { real dD, dD_lost, dbias, dbias_lost; } sums[BLOCK_CHANNELS];            // and all
     real skip[BLOCK_CHANNELS], bias[BLOCK_CHANNELS];
     Block block;
     Split time;
@@ -111,6 +114,17 @@ DEVICE void sum_columns(const real (&columns)[COLUMN_STEPS][WARP_GROUPS][COLUMNS
             for (int i = 0; i < WIDE; ++i) sum.at[i] += __shfl_xor_sync(~0u, sum.at[i], offset);
         }
         *reinterpret_cast<Wide<WIDE>*>(&sums[step][first]) = sum;
+    }
+}
+
+DEVICE Shared::Terms operator+(Shared::Terms a, Shared::Terms b) { return {a.dD + b.dD, a.dbias + b.dbias}; }
+
+// Sums over lanes that are `first`, 2·first, … up to `end` apart.
+DEVICE void add_over_lanes(Shared::Terms& sum, int first, int end) {
+#pragma unroll
+    for (int offset = first; offset < (end < 32 ? end : 32); offset *= 2) {
+        sum.dD += __shfl_xor_sync(~0u, sum.dD, offset);
+        sum.dbias += __shfl_xor_sync(~0u, sum.dbias, offset);
     }
 }
 
@@ -185,13 +199,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
             return x + b * batch + tile_offset(t0, c0, row) + item.offset(row);
         };
         Tensors x;
-        x.u = load_pack<element, VECTOR>(from(p.u, p.u_batch, p.u_row), item.valid);
-        x.delta = load_pack<element, VECTOR>(from(p.delta, p.delta_batch, p.delta_row), item.valid);
-        x.dy = load_pack<DY_T, VECTOR>(from(p.dy, p.dy_batch, p.dy_row), item.valid);
-        if (p.z) x.z = load_pack<element, VECTOR>(from(p.z, p.z_batch, p.z_row), item.valid);
+        x.u = load_whole<element, VECTOR>(from(p.u, p.u_batch, p.u_row), item.valid > 0);
+        x.delta = load_whole<element, VECTOR>(from(p.delta, p.delta_batch, p.delta_row), item.valid > 0);
+        x.dy = load_whole<DY_T, VECTOR>(from(p.dy, p.dy_batch, p.dy_row), item.valid > 0);
+        if (p.z) x.z = load_whole<element, VECTOR>(from(p.z, p.z_batch, p.z_row), item.valid > 0);
         return x;
     };
-    auto prefetch_tile = [&](long long t0) {                           // u, delta, z and dy of the tile that begins at t0
+    auto prefetch_tile = [&](long long t0) {                           // all of the tile that begins at t0
         constexpr int LINE = 128 / sizeof(element), ROW = TIME_CONTIGUOUS ? TILE : BLOCK_CHANNELS;
         constexpr int LINES = (ROW + LINE - 1) / LINE, ROWS = TIME_CONTIGUOUS ? BLOCK_CHANNELS : TILE;
         for (int i = threadIdx.x; i < ROWS * LINES; i += THREADS) {
@@ -205,6 +219,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
             prefetch(from(p.dy, p.dy_batch, p.dy_row));
             if (p.z) prefetch(from(p.z, p.z_batch, p.z_row));
         }
+#pragma unroll 1
+        for (int k = 0; k < (B_VARIES ? B_LOADS : 0); ++k) prefetch_coefficient<B_TIME_FAST, B_VECTOR>(k, 0, B, t0, p.length, (int)p.state);
+#pragma unroll 1
+        for (int k = 0; k < (C_VARIES ? C_LOADS : 0); ++k) prefetch_coefficient<C_TIME_FAST, C_VECTOR>(k, 0, C, t0, p.length, (int)p.state);
     };
 
     // dB and dC of a block are stored by wide accesses where the caller's number of states allows.
@@ -222,8 +240,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
     };
     Memory<CHANNELS> memory;
     if (CARRIES_ONLY) for_states([&](int k, int i, long long, int) { memory.add_state(k, real_part(rate[k][i])); });
-    auto& time_sums = shared.sums[threadIdx.x];                        // in shared memory, as registers are scarce
-    time_sums = {};
+    if (threadIdx.x < BLOCK_CHANNELS) shared.sums[threadIdx.x] = {};    // in shared memory, as registers are scarce
     // Entries of step j of the segment that begins at t. All rows of an item lie in the order of its first, which is known sooner.
     auto step_at = [&](unsigned t, int j, int k) -> Step& {
         return (&shared.steps[t][column<sizeof(Step)>(channel(k), t + row_of_column(j))])[j * BLOCK_CHANNELS];
@@ -259,17 +276,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
         const int steps = p.length - t0 < TILE ? (int)(p.length - t0) : TILE;
 
         // -------------------------------------------------------------------------------------- Δ, Δ·u, gy, B and C
-#pragma unroll 2
-        for (int k = 0; k < (B_VARIES ? coefficient_loads<B_VECTOR>() : 0); ++k) {
-            auto raw = load_coefficient<B_TIME_FAST, B_VECTOR>(k, 0, B, t0, steps, (int)p.state);
-            stage_coefficient<B_TIME_FAST, B_VECTOR, B_T>(k, 0, shared.B, raw);
-        }
-#pragma unroll 2
-        for (int k = 0; k < (C_VARIES ? coefficient_loads<C_VECTOR>() : 0); ++k) {
-            auto raw = load_coefficient<C_TIME_FAST, C_VECTOR>(k, 0, C, t0, steps, (int)p.state);
-            stage_coefficient<C_TIME_FAST, C_VECTOR, C_T>(k, 0, shared.C, raw);
-        }
+        // Loads first, all that a chunk begins with, so that they are waited for together.
+        auto load_B = [&](int k) { return load_coefficient<B_TIME_FAST, B_VECTOR>(k, 0, B, t0, steps, (int)p.state); };
+        auto load_C = [&](int k) { return load_coefficient<C_TIME_FAST, C_VECTOR>(k, 0, C, t0, steps, (int)p.state); };
+        Pack<B_T, B_VECTOR * REALS> B_next[COEFFICIENTS_AHEAD ? B_LOADS : 1];
+        Pack<C_T, C_VECTOR * REALS> C_next[COEFFICIENTS_AHEAD ? C_LOADS : 1];
+#pragma unroll
+        for (int k = 0; k < (COEFFICIENTS_AHEAD && B_VARIES ? B_LOADS : 0); ++k) B_next[k] = load_B(k);
+#pragma unroll
+        for (int k = 0; k < (COEFFICIENTS_AHEAD && C_VARIES ? C_LOADS : 0); ++k) C_next[k] = load_C(k);
         Tensors next = load(0, t0, steps);
+        state_t h[CHANNELS][SLOTS] = {}, a[CHANNELS][SLOTS];
+        if (!CARRIES_ONLY) for_states([&](int k, int i, long long c, int n) {
+            const long long chunk = b * ((p.length + CHUNK - 1) / CHUNK) + t0 / CHUNK;
+            h[k][i] = p.states[(chunk * p.dim + c) * p.state_total + n];
+        });
+#pragma unroll(COEFFICIENTS_AHEAD ? B_LOADS : 2)
+        for (int k = 0; k < (B_VARIES ? B_LOADS : 0); ++k) {
+            if (!COEFFICIENTS_AHEAD) B_next[0] = load_B(k);
+            stage_coefficient<B_TIME_FAST, B_VECTOR, B_T>(k, 0, shared.B, B_next[COEFFICIENTS_AHEAD ? k : 0]);
+        }
+#pragma unroll(COEFFICIENTS_AHEAD ? C_LOADS : 2)
+        for (int k = 0; k < (C_VARIES ? C_LOADS : 0); ++k) {
+            if (!COEFFICIENTS_AHEAD) C_next[0] = load_C(k);
+            stage_coefficient<C_TIME_FAST, C_VECTOR, C_T>(k, 0, shared.C, C_next[COEFFICIENTS_AHEAD ? k : 0]);
+        }
 #pragma unroll 1
         for (int k = 0; k < ITEMS; ++k) {
             const Item item(k, channels, steps);
@@ -294,7 +325,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
             }
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
-                const real x = to_real(now.u.get(j)), step = j < item.valid ? dt[j] : real(0);
+                const real x = to_real(now.u.get(j)), step = item.valid > 0 ? dt[j] : real(0);
                 shared.steps[item.row(j)][column<sizeof(Step)>(item.channel(j), item.first_row())] = {step, ZOH ? x : step * x};
                 shared.gates[item.row(j)][column<sizeof(real)>(item.channel(j), item.first_row())] = gy[j];
             }
@@ -328,16 +359,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
         if (from_end ? t0 > time.begin : t0 + back < time.end) prefetch_tile(t0 + back);
 
         // -------------------------------------------------------------------------------------- forwards: h of each segment
-        state_t h[CHANNELS][SLOTS], a[CHANNELS][SLOTS];
-#pragma unroll
-        for (int k = 0; k < CHANNELS; ++k) {
-#pragma unroll
-            for (int i = 0; i < SLOTS; ++i) h[k][i] = {};
-        }
-        for_states([&](int k, int i, long long c, int n) {
-            const long long chunk = b * ((p.length + CHUNK - 1) / CHUNK) + t0 / CHUNK;
-            h[k][i] = p.states[(chunk * p.dim + c) * p.state_total + n];
-        });
 #pragma unroll 1
         for (int segment = 0; segment < SEGMENTS - 1; ++segment) {
 #pragma unroll
@@ -350,8 +371,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
         }
 
         // -------------------------------------------------------------------------------------- backwards, by segments
+        // dB and dC of a segment, summed over warps: at once for all threads, a segment later, when no warp needs to be waited for.
+        auto store_sums = [&](int segment) {
+            constexpr int ALL = SEGMENT * COLUMNS, EVEN = ALL / THREADS, OWN = EVEN < 1 ? 1 : EVEN < WIDE ? EVEN : WIDE;
+            const auto& sums = shared.warp_sums[segment % SUM_BUFFERS];
+#pragma unroll
+            for (int k = 0; k < (ALL + OWN * THREADS - 1) / (OWN * THREADS); ++k) {
+                const int index = (threadIdx.x + k * THREADS) * OWN, row = index / COLUMNS, column = index % COLUMNS;
+                const int first = column % (STATES * REALS), kind = column / (STATES * REALS);
+                const int t = REVERSE ? TILE - 1 - (segment * SEGMENT + row) : segment * SEGMENT + row;
+                if (t >= steps || (ALL % (OWN * THREADS) != 0 && index >= ALL)) continue;
+                Wide<OWN> sum = *reinterpret_cast<const Wide<OWN>*>(&sums[0][row][column]);
+#pragma unroll
+                for (int w = 1; w < WARPS; ++w) sum = sum + *reinterpret_cast<const Wide<OWN>*>(&sums[w][row][column]);
+                real* parts = reinterpret_cast<real*>(kind == 0 && B_VARIES ? p.dB_parts : p.dC_parts);
+                parts += ((b * p.blocks_per_batch + block.within) * p.length + t0 + t) * p.state_total * REALS + first;
+                if (parts_are_wide) {
+                    *reinterpret_cast<Wide<OWN>*>(parts) = sum;
+                } else {
+#pragma unroll
+                    for (int i = 0; i < OWN; ++i) if (first + i < p.state * REALS) parts[i] = sum.at[i];
+                }
+            }
+        };
 #pragma unroll 1
         for (int segment = SEGMENTS - 1; segment >= 0; --segment) {
+            if (KINDS > 0 && SUM_BUFFERS == 2 && segment < SEGMENTS - 1) store_sums(segment + 1);
             state_t hs[SEGMENT + 1][CHANNELS][SLOTS], as[SEGMENT][CHANNELS][SLOTS];           // h before each step; its Ā
 #pragma unroll
             for (int k = 0; k < CHANNELS; ++k) {
@@ -458,7 +503,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
                 }
             }
 
-            // ---------------------------------------------------------------------------------- dB and dC of the segment
             if (segment > 0) {
 #pragma unroll
                 for (int k = 0; k < CHANNELS; ++k) {
@@ -467,63 +511,48 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
                 }
             }
             __syncthreads();
-            if (KINDS > 0) {
-                auto& sums = shared.warp_sums[segment % SUM_BUFFERS];
-                for (int index = threadIdx.x; index < SEGMENT * COLUMNS / WIDE; index += THREADS) {
-                    const int row = index * WIDE / COLUMNS, column = index * WIDE % COLUMNS;
-                    const int first = column % (STATES * REALS), kind = column / (STATES * REALS);
-                    const int t = REVERSE ? TILE - 1 - (segment * SEGMENT + row) : segment * SEGMENT + row;
-                    if (t >= steps) continue;
-                    Wide<WIDE> sum = *reinterpret_cast<const Wide<WIDE>*>(&sums[0][row][column]);
-#pragma unroll
-                    for (int w = 1; w < WARPS; ++w) sum = sum + *reinterpret_cast<const Wide<WIDE>*>(&sums[w][row][column]);
-                    real* parts = reinterpret_cast<real*>(kind == 0 && B_VARIES ? p.dB_parts : p.dC_parts);
-                    parts += ((b * p.blocks_per_batch + block.within) * p.length + t0 + t) * p.state_total * REALS + first;
-                    if (parts_are_wide) {
-                        *reinterpret_cast<Wide<WIDE>*>(parts) = sum;
-                    } else {
-#pragma unroll
-                        for (int i = 0; i < WIDE; ++i) if (first + i < p.state * REALS) parts[i] = sum.at[i];
-                    }
-                }
-                if (SUM_BUFFERS == 1) __syncthreads();
+            if (KINDS > 0 && SUM_BUFFERS == 1) {
+                store_sums(segment);
+                __syncthreads();
             }
         }
+        if (KINDS > 0 && SUM_BUFFERS == 2) store_sums(0);
 
         if (t0 / CHUNK % CHUNKS_OF_A_SUM == 0) add_to_totals();
 
         // -------------------------------------------------------------------------------------- du, ddelta, dz
         const long long t1 = recomputed(t0);
+        Shared::Terms terms[VECTOR] = {};                              // of an item, or of all a thread's items where channels are its columns
         next = load(0, t1, steps);
 #pragma unroll 1
         for (int k = 0; k < ITEMS; ++k) {
             const Item item(k, channels, steps);
             const Tensors now = next;
             if (k + 1 < ITEMS) next = load(k + 1, t1, steps);
-            if (!item.in_tile(k)) continue;
+            const bool exists = item.valid > 0;
             const long long at = b * p.du_batch + tile_offset(t1, c0, p.du_row) + item.offset(p.du_row);
-            real by_B[VECTOR], by_A[VECTOR], out[VECTOR];
+            real by_B[VECTOR], by_A[VECTOR], out[VECTOR], skip[VECTOR];
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
-                Step s = shared.steps[item.row(j)][column<sizeof(Step)>(item.channel(j), item.first_row())];
+                const int row = item.row(j), c = item.channel(j) % BLOCK_CHANNELS, first = item.first_row();
+                const Step s = shared.steps[row][column<sizeof(Step)>(c, first)];
                 by_B[j] = s.dt;
                 by_A[j] = s.x;
-                out[j] = shared.gates[item.row(j)][column<sizeof(real)>(item.channel(j), item.first_row())];
-                if (COMPLEX) out[j] *= real(2);
+                out[j] = shared.gates[row][column<sizeof(real)>(c, first)] * real(COMPLEX ? 2 : 1);
+                skip[j] = shared.skip[c];
             }
-            if (p.sums_in) {
+            if (SLICED && p.sums_in && exists) {
 #pragma unroll
                 for (int j = 0; j < VECTOR; ++j) {
-                    if (j >= item.valid) continue;
                     by_B[j] += p.sums_in[at + j];
                     by_A[j] += p.sums_in[p.plane + at + j];
                     out[j] += p.sums_in[2 * p.plane + at + j];
                 }
             }
-            if (p.sums_out) {
+            if (SLICED && p.sums_out) {
 #pragma unroll
                 for (int j = 0; j < VECTOR; ++j) {
-                    if (j >= item.valid) continue;
+                    if (!exists) break;
                     p.sums_out[at + j] = by_B[j];
                     p.sums_out[p.plane + at + j] = by_A[j];
                     p.sums_out[2 * p.plane + at + j] = out[j];
@@ -538,20 +567,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
                     from_real(x[j], rounded);
                     pack.set(j, rounded);
                 }
-                store_pack<element, VECTOR>(to + at, pack, item.valid);
+                store_whole<element, VECTOR>(to + at, pack, exists);
             };
             real gy[VECTOR], dt[VECTOR], slope[VECTOR];
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
                 gy[j] = to_real(now.dy.get(j));
-                dt[j] = to_real(now.delta.get(j)) + shared.bias[item.channel(j)];
+                dt[j] = to_real(now.delta.get(j)) + shared.bias[item.channel(j) % BLOCK_CHANNELS];
                 slope[j] = 1;
             }
             if (p.z) {
 #pragma unroll
                 for (int j = 0; j < VECTOR; ++j) {
                     real gate = to_real(now.z.get(j)), s = sigmoid(gate);
-                    real skipped = out[j] + shared.skip[item.channel(j)] * to_real(now.u.get(j));
+                    real skipped = out[j] + skip[j] * to_real(now.u.get(j));
                     out[j] = gy[j] * skipped * s * (real(1) + gate * (real(1) - s));          // [7]
                     gy[j] *= gate * s;
                 }
@@ -565,37 +594,39 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
             for (int j = 0; j < VECTOR; ++j) {
                 const real x = to_real(now.u.get(j));
                 by_A[j] = (ZOH ? by_A[j] : by_A[j] + x * by_B[j]) * slope[j];                 // [5]
-                by_B[j] = shared.skip[item.channel(j)] * gy[j] + (ZOH ? by_B[j] : dt[j] * by_B[j]);          // [6]
-                Step terms = {j < item.valid ? gy[j] * x : real(0), j < item.valid ? by_A[j] : real(0)};
-                shared.steps[item.row(j)][column<sizeof(Step)>(item.channel(j), item.first_row())] = terms;
+                by_B[j] = skip[j] * gy[j] + (ZOH ? by_B[j] : dt[j] * by_B[j]);                // [6]
+                const Shared::Terms term = {exists ? gy[j] * x : real(0), exists ? by_A[j] : real(0)};
+                terms[j] = TIME_CONTIGUOUS ? term : terms[j] + term;
             }
             store(p.ddelta, by_A);
             store(p.du, by_B);
-        }
-        if (!p.sums_out && (p.D || p.delta_bias)) {
-            __syncthreads();
-            auto add = [&](Step x) {
-                add_exactly(time_sums.dD, time_sums.dD_lost, x.dt);
-                add_exactly(time_sums.dbias, time_sums.dbias_lost, x.x);
-            };
-            Step sum[4] = {}, lost[4] = {};
-#pragma unroll 1
-            for (int t = threadIdx.x / BLOCK_CHANNELS; t < TILE; t += 4 * SHARERS) {
+            if (TIME_CONTIGUOUS) {                                     // an item is of one channel, and so are those of its lanes
 #pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    const int row = t + j * SHARERS;
-                    const Step terms = shared.steps[row][column<sizeof(Step)>(threadIdx.x % BLOCK_CHANNELS, row)];
-                    add_exactly(sum[j].dt, lost[j].dt, terms.dt);
-                    add_exactly(sum[j].x, lost[j].x, terms.x);
+                for (int half = VECTOR / 2; half > 0; half /= 2) {
+#pragma unroll
+                    for (int j = 0; j < half; ++j) terms[j] = terms[j] + terms[j + half];
                 }
+                add_over_lanes(terms[0], 1, ITEM_LANES);
+                if (item.in_tile(k) && item.t / VECTOR % 32 == 0) shared.terms[item.t / VECTOR / 32][item.c] = terms[0];
             }
+        }
+        if (!TIME_CONTIGUOUS) {
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                add(sum[j]);
-                add({-lost[j].dt, -lost[j].x});
+            for (int j = 0; j < VECTOR; ++j) {
+                add_over_lanes(terms[j], ITEM_LANES, 32);
+                const int c = threadIdx.x % ITEM_LANES * VECTOR + j;
+                if (threadIdx.x % 32 < ITEM_LANES) shared.terms[threadIdx.x / (ITEM_LANES < 32 ? 32 : ITEM_LANES)][c] = terms[j];
             }
         }
         __syncthreads();
+        if (threadIdx.x < BLOCK_CHANNELS) {
+            Shared::Terms sum = shared.terms[0][threadIdx.x];
+#pragma unroll
+            for (int i = 1; i < TIME_PARTS; ++i) sum = sum + shared.terms[i][threadIdx.x];
+            auto& time_sums = shared.sums[threadIdx.x];
+            add_exactly(time_sums.dD, time_sums.dD_lost, sum.dD);
+            add_exactly(time_sums.dbias, time_sums.dbias_lost, sum.dbias);
+        }
     }
 
     if (CARRIES_ONLY) {
@@ -611,16 +642,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
     for_states([&](int k, int i, long long c, int n) {
         if (p.dinitial_state && block.split == 0) p.dinitial_state[(b * p.dim + c) * p.state_total + n] = carry[k][i];
     });
-    if (p.sums_out) return;
+    if (SLICED && p.sums_out) return;
     __syncthreads();
-    if (threadIdx.x < channels) {                                      // the threads of a channel add up in their order
-        real dD = 0, dbias = 0;
-        for (int i = 0; i < SHARERS; ++i) {
-            dD += shared.sums[threadIdx.x + i * BLOCK_CHANNELS].dD;
-            dbias += shared.sums[threadIdx.x + i * BLOCK_CHANNELS].dbias;
-        }
+    if (threadIdx.x < channels) {
         const long long at = part_of_time() * p.dim + c0 + threadIdx.x;
-        if (p.D) p.dD_parts[at] = dD;
-        if (p.delta_bias) p.dbias_parts[at] = dbias;
+        if (p.D) p.dD_parts[at] = shared.sums[threadIdx.x].dD;
+        if (p.delta_bias) p.dbias_parts[at] = shared.sums[threadIdx.x].dbias;
     }
 }

@@ -128,15 +128,20 @@ template <bool TIME_FAST, int V, typename T>
 DEVICE Pack<T, V * REALS> load_coefficient(int k, int turn, const Coefficient<T>& x, long long t0, int steps, int states) {
     const CoefficientItem<TIME_FAST, V> item(k, turn);
     const T* from = x.base + item.n * x.state_stride + (t0 + item.t) * x.time_stride;
-    int valid = TIME_FAST ? (item.n < states ? steps - item.t : 0) : (item.t < steps ? states - item.n : 0);
-    if (!item.in_tile) valid = 0;
-    if (V > 1) return load_pack<T, V * REALS>(from, valid * REALS);
+    const bool exists = item.in_tile && item.t < steps && item.n < states;                    // all of it: V divides what there is
+    if (V > 1) return load_whole<T, V * REALS>(from, exists);
     Pack<T, V * REALS> raw = {};
-    if (valid > 0) {
+    if (exists) {
         raw.set(0, from[0]);
         if (COMPLEX) raw.set(REALS - 1, from[x.imag]);
     }
     return raw;
+}
+
+template <bool TIME_FAST, int V, typename T>
+DEVICE void prefetch_coefficient(int k, int turn, const Coefficient<T>& x, long long t0, long long length, int states) {
+    const CoefficientItem<TIME_FAST, V> item(k, turn);
+    if (item.in_tile && t0 + item.t < length && item.n < states) prefetch(x.base + item.n * x.state_stride + (t0 + item.t) * x.time_stride);
 }
 
 template <bool TIME_FAST, int V, typename T>

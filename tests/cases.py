@@ -60,6 +60,7 @@ ROWS = {
     "zoh-float64": {"discretization": "zoh", "dtype": "float64"},
     "channel-order": {"order": "channel"},
     "channel-order-bfloat16": {"order": "channel", "dtype": "bfloat16"},
+    "channel-order-groups-bfloat16": {"order": "channel", "dtype": "bfloat16", "B": 2, "C": 2},  # borders at 24 bytes
     "channel-order-reverse": {"order": "channel", "reverse": True},
     **{f"length-{n}": {"length": n} for n in (1, 2, 33, 63, 64, 65, 128, 200, 1000)},
     **{f"length-{n}-reverse-bfloat16": {"length": n, "reverse": True, "dtype": "bfloat16"} for n in (1, 65, 72)},

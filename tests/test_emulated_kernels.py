@@ -44,7 +44,7 @@ def test_row(monkeypatch, row, device):
 FORGETFUL = {
     "fast": lambda A: 30 * A,  # what a part hands on is gathered from its end, and not to its beginning
     "just not": lambda A: np.broadcast_to(-0.4 * (1 + np.arange(A.shape[1]) / 40), A.shape),
-    "some states slow": lambda A: np.broadcast_to(np.where(np.arange(A.shape[1]) % 2, -60.0, -0.05), A.shape),
+    "some states slow": lambda A: np.broadcast_to(np.where(np.arange(A.shape[1]) % 2, -60.0, -0.2), A.shape),
     "at once": lambda A: np.where(np.arange(A.shape[1]) % 2, -1e30, A),
 }
 

@@ -148,9 +148,9 @@ def _backward_shared_bytes(args, lanes, slots, channels, threads):
     """An upper bound of sizeof(Shared) in selective_scan_bwd.cu, which checks it."""
     real_bytes, state_bytes = _bytes(args)
     varying = (args.groups_B > 0) + (args.groups_C > 0)
-    elements = ((3 * CHUNK + 2) * threads // lanes * channels + 4 * threads) * real_bytes
+    elements = (3 * CHUNK + 6 + 2 * max(2, threads // 32)) * (threads // lanes * channels) * real_bytes
     kept = 7 * channels * slots * threads * state_bytes
     coefficients = varying * CHUNK * (lanes * slots * state_bytes + 8)
     columns = max(varying * lanes * slots * state_bytes, 16)  # of a step: dB and dC of a lane group
     sums = threads // 32 * columns * (4 * 32 // lanes + 8 * (2 if columns <= 64 * real_bytes else 1))
-    return elements + kept + coefficients + sums + 1024
+    return elements + kept + coefficients + sums + 256

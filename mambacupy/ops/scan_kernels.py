@@ -9,29 +9,31 @@ from mambacupy.reference import CHUNK, SelectiveScanGrads
 
 
 # ---------------------------------------------------------------------------------------------------- B and C
-def _coefficient(name, x, groups, complex_states, layout):
+def _coefficient(name, args, x, groups, layout):
     """Constants and numbers by which a kernel finds B or C."""
-    strides = _coefficient_strides(x, groups, complex_states)
+    strides = _coefficient_strides(x, groups, args.complex)
     constants = {
         f"{name}_T": kernels.C_TYPES[arrays.real_of(x.dtype).name],
         f"{name}_VARIES": int(groups > 0),
         f"{name}_TIME_FAST": int(abs(strides["time"]) <= abs(strides["state"])),
-        f"{name}_VECTOR": _widest_coefficient_access(x, groups, strides, complex_states, layout),
+        f"{name}_VECTOR": _widest_coefficient_access(args, x, groups, strides, layout),
     }
     return constants, {f"{name}_{key}": value for key, value in strides.items()} | {f"groups_of_{name}": groups or 1}
 
 
-def _widest_coefficient_access(x, groups, strides, complex_states, layout):
+def _widest_coefficient_access(args, x, groups, strides, layout):
     """Entries of B or C moved by one instruction: 16 bytes where neighbours lie side by side and aligned."""
     if groups == 0:
         return 1
     time_fast = abs(strides["time"]) <= abs(strides["state"])
     fast, slow = ("time", "state") if time_fast else ("state", "time")
-    reals = 2 if complex_states else 1
-    if strides[fast] != reals or (complex_states and strides["imag"] != 1):
+    reals = 2 if args.complex else 1
+    if strides[fast] != reals or (args.complex and strides["imag"] != 1):
         return 1
     real_bytes = arrays.real_of(x.dtype).itemsize
-    vector = min(16 // (reals * real_bytes), layout.tile if time_fast else layout.lanes * layout.slots)
+    most = min(16 // (reals * real_bytes), layout.tile if time_fast else layout.lanes * layout.slots)
+    # A whole number of accesses in all that there is, so that none is cut at its end.
+    vector = math.gcd(most, args.length if time_fast else args.state)
     outer = (strides["batch"] | strides["group"] | strides[slow]) * real_bytes | kernels.address(x)
     while vector > 1 and outer % (vector * reals * real_bytes):
         vector //= 2
@@ -99,9 +101,10 @@ def _common(args, layout, tensors, delta_softplus, reverse):
     # A block's channels share one group of B and one of C: spans are the channels between two group borders of either.
     span = math.gcd(args.dim // (args.groups_B or 1), args.dim // (args.groups_C or 1))
     blocks_per_span = -(-span // layout.block_channels)
-    B_constants, B_numbers = _coefficient("B", args.B, args.groups_B, args.complex, layout)
-    C_constants, C_numbers = _coefficient("C", args.C, args.groups_C, args.complex, layout)
+    B_constants, B_numbers = _coefficient("B", args, args.B, args.groups_B, layout)
+    C_constants, C_numbers = _coefficient("C", args, args.C, args.groups_C, layout)
     fresh_row = args.length if axis == 2 else args.dim
+    vector = plans.widest_access(axis, [*tensors.values()], layout.tile if axis == 2 else math.gcd(layout.block_channels, span))
     constants = {
         "U_T": kernels.C_TYPES[args.u.dtype.name],
         **B_constants,
@@ -110,7 +113,7 @@ def _common(args, layout, tensors, delta_softplus, reverse):
         "ZOH": int(args.zoh),
         "REVERSE": int(reverse),
         "TIME_CONTIGUOUS": int(axis == 2),
-        "VECTOR": plans.widest_access(axis, [*tensors.values()], layout.tile if axis == 2 else layout.block_channels),
+        "VECTOR": vector,
         **layout.constants,
     }
     numbers = {
@@ -277,7 +280,8 @@ def _plan_backward(args, delta_softplus, reverse, dy, dlast_state):
     tensors = {"u": args.u, "delta": args.delta, "z": args.z, "dy": dy}
     tensors = {name: x for name, x in tensors.items() if x is not None}
     common = _common(args, layout, tensors, delta_softplus, reverse)
-    common = common._replace(constants=common.constants | {"DY_T": kernels.C_TYPES[dy.dtype.name]})
+    sliced = int(args.state > most)
+    common = common._replace(constants=common.constants | {"DY_T": kernels.C_TYPES[dy.dtype.name], "SLICED": sliced})
     numbers = common.numbers | {"plane": args.u.size}
     numbers |= plans.strides(dlast_state, dlast_batch=0, dlast_dim=1, dlast_state_stride=2)
     slices = [
