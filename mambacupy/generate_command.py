@@ -2,14 +2,13 @@
 
 import contextlib
 import json
-import os
 import time
 from pathlib import Path
 
 import click
 import numpy as np
 
-from mambacupy import generate_files
+from mambacupy import generate_files, streams
 from mambacupy.npy_files import FileError, Outputs
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
@@ -39,9 +38,9 @@ class Job:
             raise FileError("--stop and --no-stop exclude each other")
         if given["pad"] is not None and given["tokens"] is None:
             raise FileError("--pad is for --tokens FILE")
-        self.output = None if given["output"] is None else Path(given["output"])
-        if self.output is not None and os.path.lexists(self.output) and not given["force"]:
-            raise FileError(f"{self.output}: exists; --force replaces it")
+        self.output = given["output"]
+        if self.output is not None:
+            Outputs(given["force"]).rehearse(self.output)
         self._read_prompt()
         self.stop = generate_files.stop_tokens(given["stop"], self.tokenizer)
         if len(self.prompt) > 1 and self.output is None and not given["as_json"]:
@@ -77,7 +76,7 @@ class Job:
         """Generate, and write the output file. Returns the exit code: 0, or 130 after Ctrl-C."""
         from mambacupy.generation import generate
 
-        self.steps, self.texts = [], []
+        self.steps, self.texts, self.unheard = [], [], None
         self.streams = [generate_files.TextStream(self.tokenizer) for _ in self.prompt] if self.tokenizer else []
         self.interrupted, self.begin, self.first = False, time.perf_counter(), None
         options = {name: self.given[name] for name in SAMPLING}
@@ -116,8 +115,13 @@ class Job:
     def _tell(self, text):
         if self.given["as_json"]:
             self.texts.append(text)
-        elif len(self.prompt) == 1 and text:
-            click.echo(text, nl=False)
+        elif len(self.prompt) == 1 and text and not self.unheard:
+            try:
+                click.echo(text, nl=False)
+            except OSError as error:  # of standard output: go on for the file's sake alone
+                self.unheard = error
+                if self.output is None:
+                    raise
 
     # ------------------------------------------------------------------------------------------------ the summary
     def report(self, place):
@@ -136,16 +140,18 @@ class Job:
                 "prompt_seconds": round(prompt_seconds, 6),
                 "seconds": round(seconds, 6),
                 "tokens_per_second": per_second and round(per_second, 3),
-                "outputs": [] if self.output is None else [str(self.output)],
+                "outputs": [] if self.output is None else [str(Path(self.output))],
             }
             click.echo(json.dumps(facts))
         elif not given["quiet"]:
             rows = f" in each of {len(self.prompt)} rows" if len(self.prompt) != 1 else ""
             rate = f", {per_second:.4g} tokens/s" if per_second else ""
             ended = "interrupted: " if self.interrupted else ""
-            click.echo(f"{ended}{steps} tokens{rows} after {self.mask.sum()} of prompt, on {place}{rate}", err=True)
+            streams.tell(f"{ended}{steps} tokens{rows} after {self.mask.sum()} of prompt, on {place}{rate}")
             if self.output is not None:
-                click.echo(f"wrote {click.format_filename(self.output)}", err=True)
+                streams.tell(f"wrote {click.format_filename(Path(self.output))}")
+        if self.unheard:
+            raise self.unheard
 
 
 @contextlib.contextmanager

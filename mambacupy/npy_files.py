@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import stat
 import zipfile
 from pathlib import Path
 
@@ -11,6 +12,14 @@ import numpy as np
 from mambacupy.arrays import BFLOAT16
 
 _HOW_NUMPY_STORES_BFLOAT16 = np.dtype("V2")
+_NO_FILES = {
+    stat.S_IFDIR: "folder",
+    stat.S_IFIFO: "pipe",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "device",
+    stat.S_IFBLK: "device",
+}
+_TARGET = "the name of a file to write"
 
 
 class FileError(Exception):
@@ -29,8 +38,8 @@ def open_array(path):
         It does not exist, is no `.npy` file, is cut short, or holds pickled objects.
     """
     path = Path(path)
-    with _errors_of(path, "a .npy file"), open(path, "rb") as file:
-        return _map(path, file, 0, path.stat().st_size)
+    with _opened(path, "a .npy file") as file:
+        return _map(path, file, 0, os.fstat(file.fileno()).st_size)
 
 
 def open_npz(path, wanted=None):
@@ -39,7 +48,7 @@ def open_npz(path, wanted=None):
     Where `wanted` names some, the others are not read, and None stands in their place.
     """
     path = Path(path)
-    with _errors_of(path, "an .npz file"), zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+    with _opened(path, "an .npz file") as file, zipfile.ZipFile(file) as archive:
         found = {}
         for member in archive.infolist():
             name = member.filename.removesuffix(".npy")
@@ -56,6 +65,23 @@ def open_npz(path, wanted=None):
                     with archive.open(member) as stream:
                         found[name] = _load(label, stream)
         return found
+
+
+@contextlib.contextmanager
+def _opened(path, kind):
+    """An open file that can be mapped: a pipe would be waited for, and a device has no end."""
+    with _errors_of(path, kind):
+        _refuse_no_file(path, kind)
+        with open(path, "rb") as file:
+            yield file
+
+
+def _refuse_no_file(path, wanted):
+    """Raise a FileError if what is at `path` is no regular file."""
+    with contextlib.suppress(FileNotFoundError):
+        kind = _NO_FILES.get(stat.S_IFMT(os.stat(path).st_mode))
+        if kind:
+            raise FileError(f"{path}: is a {kind}, wanted {wanted}")
 
 
 @contextlib.contextmanager
@@ -155,14 +181,21 @@ class Outputs:
         FileError
             The target exists and `force` is not set, its folder does not, or the disk has no room for it.
         """
-        path = Path(path)
+        named, path = os.fspath(path), Path(path)
         with _nothing_written(path):
-            _refuse_folder(path)
-            if path.exists() and not path.is_file():
-                raise FileError(f"{path}: is a device or pipe, wanted the name of a file to write")
+            _refuse_no_file(path, _TARGET)
+            if os.path.basename(named) in ("", os.curdir, os.pardir):  # which Path drops
+                raise FileError(f"{named}: names a folder, wanted {_TARGET}")
             if os.path.lexists(path) and not self.force:
                 raise FileError(f"{path}: exists; --force replaces it")
             return self._allocate(path, path, shape, dtype)
+
+    def rehearse(self, path):
+        """Raise what `create` would raise, before the work is done and the shape is known. Nothing is left of it."""
+        try:
+            self.create(path, (), np.uint8)
+        finally:
+            self._discard()
 
     def scratch(self, path, shape, dtype):
         """A writable array in a file that is gone when the block ends, named after `path`.
@@ -241,11 +274,6 @@ def _nothing_written(path):
         raise FileError(f"{path}: {error.strerror or error}; nothing was written") from None
 
 
-def _refuse_folder(path):
-    if path.is_dir():
-        raise FileError(f"{path}: is a folder, wanted the name of a file to write")
-
-
 def _reserve(descriptor, size):
     """Claim the file's space now: a write through a memory map to a full disk would kill the process."""
     if hasattr(os, "posix_fallocate"):
@@ -260,7 +288,7 @@ def _reserve(descriptor, size):
 def _rename(temporary, path, force):
     """Give a complete file its name; without `force` a file that has appeared there meanwhile is kept."""
     if force:
-        _refuse_folder(path)
+        _refuse_no_file(path, _TARGET)
         if os.path.lexists(path):
             try:
                 os.link(path, _replaced(temporary), follow_symlinks=False)

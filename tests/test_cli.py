@@ -7,6 +7,7 @@ import os
 import pty
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import termios
@@ -190,6 +191,22 @@ def folder_instead(folder):
     (folder / "u.npy").mkdir()
 
 
+def pipe_instead(name):
+    """Damage: a pipe to which nobody writes, at which a reader would wait."""
+
+    def damage(folder):
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+
+    return damage
+
+
+def socket_instead(folder):
+    (folder / "u.npy").unlink()
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(os.path.relpath(folder / "u.npy"))  # the names of sockets are short
+
+
 def forbid(path, mode=0):
     path.chmod(mode)
     if os.access(path, os.W_OK):
@@ -221,7 +238,11 @@ BAD = {  # damage to the folder of inputs, which may name others; words of the o
     "pickled": (change("u", lambda u: np.array([{}])), ["in/u.npy: holds pickled Python objects", "wanted numbers"]),
     "header-of-impossible-size": (write("u.npy", HEADER % b"4294967296, 4294967296"), ["in/u.npy: cut short: 0 bytes"]),
     "header-negative": (write("u.npy", HEADER % b"-1, 2147483648, 214748"), ["in/u.npy: not a .npy file", "(-1, "]),
-    "folder-as-file": (folder_instead, ["in/u.npy: Is a directory"]),
+    "folder-as-file": (folder_instead, ["in/u.npy: is a folder, wanted a .npy file"]),
+    "pipe": (pipe_instead("u.npy"), ["in/u.npy: is a pipe, wanted a .npy file"]),
+    "pipe-of-arrays": (lambda folder: pipe_instead("x.npz")(folder) or folder / "x.npz", ["x.npz: is a pipe, wanted an .npz"]),
+    "device": (lambda folder: "/dev/zero", ["/dev/zero: is a device, wanted an .npz file"]),
+    "socket": (socket_instead, ["in/u.npy: is a socket, wanted a .npy file"]),
     "unreadable": (lambda folder: forbid(folder / "u.npy"), ["in/u.npy: Permission denied"]),
     "wrong-shape": (change("B", lambda B: B[..., :-1]), ["in/B.npy: B has shape (2, 16, 69)", "state=16, length=70)"]),
     "wrong-axes": (change("z", lambda z: z.swapaxes(1, 2)), ["in/z.npy: z has shape (2, 70, 24)", "write z.swapaxes(-1, -2)"]),
@@ -269,6 +290,9 @@ USES = {  # command line, where {} is the folder of the test; words of the one l
     "output-exists": ("{}/in -o {}/there.npy", ["there.npy: exists; --force replaces it"]),
     "last-state-exists": ("{}/in -o {}/y.npy --last-state {}/there.npy", ["there.npy: exists; --force replaces it"]),
     "output-is-a-folder": ("{}/in -o {}/sub --force", ["sub: is a folder"]),
+    "output-names-a-folder": ("{}/in -o {}/y/", ["y/: names a folder, wanted the name of a file to write"]),
+    "output-names-this-folder": ("{}/in -o {}/y/. --force", ["y/.: names a folder, wanted"]),
+    "last-state-names-a-folder": ("{}/in -o {}/y.npy --last-state {}/h/", ["h/: names a folder, wanted"]),
     "output-is-the-root": ("{}/in -o / --force", ["/: is a folder"]),
     "output-is-the-inputs": ("{}/in -o {}/in --force", ["in: is an input"]),
     "no-folder-for-output": ("{}/in -o {}/no/y.npy", ["no/y.npy: No such file or directory; nothing was written"]),
@@ -383,13 +407,13 @@ def test_failure_midway_leaves_everything_as_it_was(base, tmp_path, run, monkeyp
     assert files_in(tmp_path) == before
 
 
-def start(*arguments, command="scan", hangup=signal.SIG_DFL, **options):
+def start(*arguments, command="scan", ignored=(), **options):
     """`mambacupy scan` in a process of its own, whose signals are not those that a shell may have turned off."""
-    line = [sys.executable, "-m", "mambacupy.cli", command, *map(str, arguments)]
+    line = [sys.executable, ROOT / "cli.py", command, *map(str, arguments)]
 
     def turn_on():
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGHUP, hangup)
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
 
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "preexec_fn": turn_on} | options
     return subprocess.Popen(line, cwd=ROOT, **options)
@@ -428,13 +452,37 @@ def test_interruption_leaves_everything_as_it_was(slow, tmp_path, name, force):
     assert files_in(tmp_path) == before
 
 
-def test_nohup_is_respected(tmp_path):
+@pytest.mark.parametrize("words", [["cli.py"], ["-c", "from mambacupy_command import main; main()"]], ids=["file", "script"])
+def test_ctrl_c_while_python_imports(tmp_path, words):
+    """…even if what is imported would catch an exception."""
+    (tmp_path / "numpy.py").write_text(
+        "import time\nprint('importing', flush=True)\ntry:\n    time.sleep(60)\nexcept BaseException:\n    pass\n"
+    )
+    options = {"env": os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}, "cwd": ROOT, "stdout": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, *words], stderr=subprocess.PIPE, **options)
+    assert process.stdout.readline() == b"importing\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (130, b"", b"")
+
+
+def test_ctrl_c_where_nothing_is_written(run, monkeypatch):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(environment, "report", interrupt)
+    done = run("info")
+    assert (done.code, done.out, done.err.strip()) == (130, "", "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_what_nohup_and_scripts_ignore_is_ignored(tmp_path, number):
     arguments, _ = cases.make(batch=1, dim=2, state=1, length=10_000)
     folder = save(tmp_path / "in", arguments)
-    process = start(folder, "-o", tmp_path / "y.npy", "--block-length", 1, "--device", "cpu", hangup=signal.SIG_IGN)
+    process = start(folder, "-o", tmp_path / "y.npy", "--block-length", 1, "--device", "cpu", ignored=[number])
     wait_for(lambda: list(tmp_path.glob(".*.part")) or process.poll() is not None)
     assert process.poll() is None
-    process.send_signal(signal.SIGHUP)
+    process.send_signal(number)
     process.communicate(timeout=30)
     assert process.returncode == 0
     assert same(open_array(tmp_path / "y.npy"), selective_scan(**arguments))
@@ -537,6 +585,50 @@ def test_quiet(base, tmp_path, run):
     done = run("scan", base[1], "-o", tmp_path / "y.npy", "--quiet")
     assert (done.code, done.out, done.err) == (0, "", "")
     assert (tmp_path / "y.npy").exists()
+
+
+BAD_STREAMS = {  # what a shell does to standard output, and the line on standard error
+    "full": (">/dev/full", "mambacupy: standard output: No space left on device\n"),
+    "closed": (">&-", "mambacupy: standard output: Bad file descriptor\n"),
+    "unread": ("| head -0", ""),
+}
+
+
+def shell(line, redirection, **options):
+    """Exit code and standard error of the command line in a shell."""
+    line = f"{shlex.quote(sys.executable)} cli.py {line} {redirection}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=60, **options)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("case", BAD_STREAMS)
+def test_a_bad_standard_output_is_told_and_files_are_whole(base, tmp_path, case):
+    redirection, told = BAD_STREAMS[case]
+    if "full" in redirection and not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    for i, options in enumerate(("--json", "--softplus")):
+        target = tmp_path / f"{i}.npy"
+        line = f"scan {shlex.quote(str(base[1]))} --softplus {options} -o {shlex.quote(str(target))}"
+        assert shell(line, redirection) == (1, told)
+        assert same(open_array(target), selective_scan(**base[0], delta_softplus=True))
+    for line in ("--help", "--version", "info"):
+        assert shell(line, redirection) == (1, told), line
+
+
+@pytest.mark.parametrize("redirection", ["2>/dev/full", "2>&-"])
+def test_a_bad_standard_error_changes_nothing_else(base, tmp_path, redirection):
+    if "full" in redirection and not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    folder, target = (shlex.quote(str(path)) for path in (base[1], tmp_path / "y.npy"))
+    assert shell(f"scan {folder} --softplus --quiet -o {target}", redirection) == (0, "")
+    assert same(open_array(tmp_path / "y.npy"), selective_scan(**base[0], delta_softplus=True))
+    assert shell(f"scan {folder} -o {target}", redirection) == (2, "")
+
+
+def test_text_that_standard_output_cannot_spell(base, tmp_path):
+    folder, target = (shlex.quote(str(path)) for path in (base[1], tmp_path / "数据.npy"))
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    assert shell(f"scan {folder} -o {target}", "", env=environment, stdout=subprocess.DEVNULL) == (0, "")
 
 
 @pytest.mark.parametrize("options, shown", [([], True), (["--quiet"], False), (["--json"], False)], ids=["", "quiet", "json"])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_cli import BAD_STREAMS, shell
 
 from mambacupy import cli, environment, generate_files
 from mambacupy.generation import generate, pad_prompts
@@ -176,6 +177,36 @@ def test_interrupt_keeps_what_there_is(folder, tmp_path):
     assert len(lines) == 2 and lines[0].startswith("interrupted: ") and lines[1].startswith("wrote ")
     made = np.load(tmp_path / "t.npy")
     assert made.shape[0] == 1 and lines[0].startswith(f"interrupted: {made.shape[1]} tokens after 3 of prompt")
+
+
+@pytest.mark.parametrize("case", BAD_STREAMS)
+def test_a_bad_standard_output_ends_what_only_it_wanted(folder, tmp_path, case):
+    """With -o FILE the run goes on, and the file is whole."""
+    redirection, told = BAD_STREAMS[case]
+    if "full" in redirection and not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    line = f"generate {shlex.quote(str(folder))} --prompt the --no-stop --device cpu --quiet"
+    assert shell(f"{line} -n 1000000", redirection) == (1, told)
+    for options in ("", "--json"):
+        assert shell(f"{line} -n 20 {options} -o {shlex.quote(str(tmp_path / 't.npy'))} --force", redirection) == (1, told)
+        assert np.array_equal(np.load(tmp_path / "t.npy"), expected(folder, "the", 20)[0])
+
+
+def test_text_that_standard_output_cannot_spell(folder):
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    line = f"generate {shlex.quote(str(folder))} --prompt the --no-stop --device cpu --quiet -n 30 --temperature 1.5 --seed 4"
+    assert max(expected(folder, "the", 30, temperature=1.5, seed=4)[1]) > "\xff"
+    assert shell(line, "", env=environment, stdout=subprocess.DEVNULL) == (0, "")
+
+
+@pytest.mark.parametrize("name", ["", "no/t.npy", "t/", "pipe"])
+def test_an_output_that_cannot_be_is_told_before_the_work(folder, run, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(MambaLM, "from_pretrained", lambda *_, **__: pytest.fail("known only when the model is read"))
+    os.mkfifo(tmp_path / "pipe")
+    done = run(folder, "--prompt", "the", "-o", f"{tmp_path}/{name}", "--force")
+    assert done.code == 2 and len(done.err.splitlines()) == 1, done.err
+    assert done.err.startswith(f"mambacupy: {os.path.normpath(tmp_path / name)}"), done.err
+    assert os.listdir(tmp_path) == ["pipe"]
 
 
 REFUSED = {
