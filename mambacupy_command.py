@@ -7,14 +7,17 @@ import signal
 def main():
     """Import the command line, and run it."""
     handler = signal.getsignal(signal.SIGINT)
-    if handler is signal.default_int_handler:  # it is ignored, and stays so, in the background of a shell script
-        signal.signal(signal.SIGINT, _end)
+    before_and_after = _end if handler is signal.default_int_handler else handler  # background jobs of scripts ignore it
+    signal.signal(signal.SIGINT, before_and_after)
     from mambacupy import cli
 
-    signal.signal(signal.SIGINT, handler)
-    cli.main()
+    try:
+        signal.signal(signal.SIGINT, handler)
+        cli.main()
+    finally:
+        signal.signal(signal.SIGINT, before_and_after)
 
 
 def _end(*_):
-    """An exception could be caught, or told about, by what is just imported. There is nothing to clean up yet."""
+    """While Python imports, or ends, an exception would be caught or told about by others. There is nothing to clean up."""
     os._exit(130)

@@ -36,7 +36,7 @@ def _run(arguments):
         return error.exit_code
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "mambacupy"
-        streams.tell(f"mambacupy: {_one_line(error)} See {command} --help")
+        streams.tell(f"mambacupy: {_one_line(error).removesuffix('.')}; see {command} --help")
         return 2
     except click.ClickException as error:
         streams.tell(f"mambacupy: {_one_line(error)}")

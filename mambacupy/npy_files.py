@@ -3,7 +3,10 @@
 import contextlib
 import math
 import os
+import signal
 import stat
+import threading
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -19,6 +22,7 @@ _NO_FILES = {
     stat.S_IFCHR: "device",
     stat.S_IFBLK: "device",
 }
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _TARGET = "the name of a file to write"
 
 
@@ -55,6 +59,8 @@ def open_npz(path, wanted=None):
             if member.filename == name:
                 continue
             label = f"{path}:{member.filename}"
+            if name in found:
+                raise FileError(f"{label}: is there twice, wanted one array of that name")
             with _errors_of(label, "a .npy file"):
                 if wanted is not None and name not in wanted:
                     found[name] = None
@@ -94,7 +100,7 @@ def _errors_of(label, kind):
     except OSError as error:
         raise FileError(f"{label}: {error.strerror or error}") from None
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise FileError(f"{label}: not {kind} ({reason})") from None
 
 
@@ -108,7 +114,12 @@ def _data_offset(file, member):
 def _header(label, stream):
     version = np.lib.format.read_magic(stream)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran_order, dtype = read(stream)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of headers that Python 2 wrote
+            shape, fortran_order, dtype = read(stream)
+    except MemoryError:  # which Python's parser raises
+        raise ValueError("its header is nested too deeply") from None
     if not all(type(size) is int and size >= 0 for size in shape) or dtype.itemsize == 0:
         raise ValueError(f"its header says {shape} {dtype}")
     if dtype.hasobject:
@@ -245,24 +256,41 @@ class Outputs:
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
         begun = []
-        try:
-            for _, temporary, path in files:
-                begun.append((temporary, path))
-                _rename(temporary, path, self.force)
-        except BaseException:  # another output could not follow, or was not to
-            for temporary, path in reversed(begun):
-                _take_back(temporary, path)
-            raise
-        for temporary, _ in begun:
-            _remove(_replaced(temporary))
+        with _undisturbed():
+            try:
+                for _, temporary, path in files:
+                    begun.append((temporary, path))
+                    _rename(temporary, path, self.force)
+            except BaseException:  # another output could not follow, or was not to
+                for temporary, path in reversed(begun):
+                    _take_back(temporary, path)
+                raise
+            for temporary, _ in begun:
+                _remove(_replaced(temporary))
 
     def _discard(self):
-        for _, temporary, _ in self._files:
-            _remove(temporary)
-        for folder in reversed(self._folders):
-            with contextlib.suppress(OSError):  # outputs lie in it
-                folder.rmdir()
-        self._files, self._folders = [], []
+        with _undisturbed():
+            for _, temporary, _ in self._files:
+                _remove(temporary)
+            for folder in reversed(self._folders):
+                with contextlib.suppress(OSError):  # outputs lie in it
+                    folder.rmdir()
+            self._files, self._folders = [], []
+
+
+@contextlib.contextmanager
+def _undisturbed():
+    """For what takes a moment and must not be left half done: Ctrl-C and its like come too late, or once more than needed."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # no other may say what signals do
+        for number in _SIGNALS:
+            before[number] = signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:  # Python can put back
+                signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -284,7 +284,8 @@ def test_bad_input_is_told_in_one_line(base, tmp_path, run, case):
 USES = {  # command line, where {} is the folder of the test; words of the one line
     "no-inputs": ("-o {}/y.npy", ["no u.npy, delta.npy, A.npy, B.npy, C.npy", "--u FILE"]),
     "no-output": ("{}/in", ["--output"]),
-    "no-such-option": ("{}/in -o {}/y.npy --fast", ["--fast"]),
+    "no-such-option": ("{}/in -o {}/y.npy --fast", ["--fast", "; see "]),
+    "one-too-many": ("{}/in {}/in -o {}/y.npy", ["extra argument", "in); see ", " scan --help"]),
     "discretization": ("{}/in -o {}/y.npy --discretization tustin", ["'tustin'", "euler", "zoh"]),
     "block-length": ("{}/in -o {}/y.npy --block-length 0", ["--block-length", "0"]),
     "output-exists": ("{}/in -o {}/there.npy", ["there.npy: exists; --force replaces it"]),

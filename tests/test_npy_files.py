@@ -6,6 +6,8 @@ import io
 import os
 import random
 import re
+import signal
+import threading
 import warnings
 import zipfile
 
@@ -13,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from mambacupy import npy_files
 from mambacupy.npy_files import FileError, Outputs, open_array, open_npz
 
 NUMBERS = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
@@ -74,6 +77,20 @@ def test_every_version_of_the_format_is_read(tmp_path, version):
     assert np.array_equal(open_array(tmp_path / "u.npy"), NUMBERS)
 
 
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_headers_of_python_2_are_read_without_a_word(tmp_path, container):
+    content = npy_with_header((2, 8)).replace(b"(2, 8)}  ", b"(2L, 8L)}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert open_as(container, tmp_path, content).shape == (2, 8)
+
+
+def test_messages_have_an_end(tmp_path):
+    with pytest.raises(FileError) as caught:
+        open_as("npy", tmp_path, b"\x93NUMPY\x02\x00\xff\x0f\x00\x00" + bytes(5000))
+    assert len(str(caught.value)) < len(str(tmp_path)) + 300
+
+
 def test_files_are_mapped_and_not_loaded(tmp_path):
     """64 GiB of zeros in a sparse file."""
     path = tmp_path / "u.npy"
@@ -120,11 +137,12 @@ def test_stored_arrays_of_an_npz_file_are_mapped(tmp_path):
         (npy_with_header((2,), "<q9"), "not a .npy file"),
         (npy_with_header((2**40,), "|S0"), "not a .npy file"),
         (npy(NUMBERS).replace(b"(2, 3, 4), }", b"((, 3, 4), }"), "not a .npy file"),
+        (npy_with_header((2,)).replace(b"{", b"(" * 200), "not a .npy file"),
     ],
     ids=[
         "empty", "text", "cut-header", "cut-data", "pickled", "huge", "product-overflows", "size-overflows",
         "empty-and-overflows", "negative", "negative-twice", "too-many-axes", "boolean", "text-shape", "no-such-dtype",
-        "no-bytes", "unbalanced",
+        "no-bytes", "unbalanced", "nested",
     ],
 )  # fmt: skip
 def test_what_is_no_array_is_told_in_one_line(tmp_path, container, content, words):
@@ -188,6 +206,15 @@ def test_only_arrays_of_an_npz_file_count(tmp_path):
     assert np.array_equal(found["u"], NUMBERS)
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_an_npz_file_with_two_arrays_of_one_name_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        for x in (NUMBERS, NUMBERS + 1):
+            archive.writestr("u.npy", npy(x))
+    with pytest.raises(FileError, match=r"x\.npz:u\.npy: is there twice, wanted one array of that name"):
+        open_npz(tmp_path / "x.npz")
+
+
 def test_an_encrypted_npz_file_is_refused(tmp_path):
     path = tmp_path / "x.npz"
     np.savez_compressed(path, u=NUMBERS)
@@ -248,6 +275,57 @@ def test_space_is_claimed_where_the_system_cannot(tmp_path, monkeypatch):
         assert part.stat().st_blocks * 512 >= x.nbytes
         y[...] = x
     assert np.array_equal(np.load(tmp_path / "y.npy"), x)
+
+
+@pytest.mark.parametrize("function", ["_remove", "_take_back", "_rename"])
+@pytest.mark.parametrize("ends", ["well", "badly", "interrupted"])
+def test_another_ctrl_c_leaves_nothing_half_done(tmp_path, monkeypatch, function, ends):
+    """While outputs get their names, or are taken back, or removed."""
+    real, hits = getattr(npy_files, function), []
+
+    class Disturbed(Exception):
+        pass
+
+    def disturb(*_):
+        raise Disturbed
+
+    def disturbed(*arguments):
+        hits.append(function)
+        signal.raise_signal(signal.SIGINT)
+        return real(*arguments)
+
+    monkeypatch.setattr(npy_files, function, disturbed)
+    (tmp_path / "1.npy").write_bytes(b"mine")
+    before, handler = files_below(tmp_path), signal.signal(signal.SIGINT, disturb)
+    caught = {
+        "well": contextlib.nullcontext(),
+        "badly": pytest.raises(FileError),
+        "interrupted": pytest.raises(KeyboardInterrupt),
+    }
+    with caught[ends], Outputs(force=True) as outputs:
+        outputs.create(tmp_path / "1.npy", (3,), np.float32)
+        outputs.create(tmp_path / "2.npy", (3,), np.float32)
+        if ends == "badly":
+            (tmp_path / "2.npy").mkdir()
+        if ends == "interrupted":
+            raise KeyboardInterrupt
+    assert signal.signal(signal.SIGINT, handler) is disturb
+    assert hits or (function, ends) in {("_take_back", "well"), ("_take_back", "interrupted"), ("_rename", "interrupted")}
+    if ends == "well":
+        assert [np.load(path).shape for path in sorted(tmp_path.iterdir())] == [(3,), (3,)]
+    else:
+        assert files_below(tmp_path) == before
+
+
+def test_signals_are_left_alone_in_other_threads(tmp_path):
+    def write():
+        with Outputs() as outputs:
+            outputs.create(tmp_path / "y.npy", (3,), np.float32)[...] = 1
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    thread.join()
+    assert np.all(np.load(tmp_path / "y.npy") == 1)
 
 
 def test_what_appeared_meanwhile_is_kept(tmp_path):
