@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import json as json_format
-import os
 import re
 import signal
 import sys
@@ -11,10 +10,11 @@ import time
 from pathlib import Path
 
 import click
+import numpy as np
 
 import mambacupy
 from mambacupy import arrays, environment, generate_command, grad_files, scan_files, streams
-from mambacupy.npy_files import FileError, Outputs
+from mambacupy.npy_files import FileError, Outputs, refuse_overwriting
 
 
 class OneLineError(click.ClickException):
@@ -142,25 +142,13 @@ class _Job:
     def check(self, check, targets):
         """Refuse what cannot be run or would destroy its own inputs; finds the device."""
         self.targets = targets
-        self._refuse_overwriting_inputs()
+        inputs = [*self.files.values(), *([] if self.inputs is None else [self.inputs])]
+        refuse_overwriting(targets, inputs, self.kind.what)
         try:
             self.checked = check(self.arguments, self.options)
         except (TypeError, ValueError) as error:
             raise OneLineError(self._with_file(error)) from None
         self.gpu = _device(self.device)
-
-    def _refuse_overwriting_inputs(self):
-        used = {os.path.realpath(name) for name in self.files.values()}
-        if self.inputs is not None:
-            used.add(os.path.realpath(self.inputs))
-        seen = set()
-        for target in self.targets:
-            real = os.path.realpath(target)
-            if real in used:
-                raise OneLineError(f"{target}: is an input of this {self.kind.what}; write elsewhere")
-            if real in seen:
-                raise OneLineError(f"{target}: named for two outputs; each needs a file of its own")
-            seen.add(real)
 
     def _with_file(self, error):
         """The gate's message with the file of the argument it names in front."""
@@ -347,7 +335,8 @@ def generate(**given):
 
     Text appears as it is made. Ctrl-C ends it and keeps what there is.
     """
-    with _errors_in_one_line("a smaller --dtype"):
+    # As on a GPU, what overflows is infinite without a word.
+    with _errors_in_one_line("a smaller --dtype"), np.errstate(all="ignore"):
         job = generate_command.Job(given, functools.partial(_device, multiplies=True))
         code = job.run()
         job.report(_place(job.gpu))

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import time
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import click
 import numpy as np
 
 from mambacupy import generate_files, streams
-from mambacupy.npy_files import FileError, Outputs
+from mambacupy.npy_files import FileError, Outputs, refuse_overwriting
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
@@ -38,8 +39,14 @@ class Job:
             raise FileError("--stop and --no-stop exclude each other")
         if given["pad"] is not None and given["tokens"] is None:
             raise FileError("--pad is for --tokens FILE")
-        self.output = given["output"]
+        model, self.output = Path(given["model"]), given["output"]
+        if not model.is_dir():
+            raise FileError(f"{model}: no such folder, wanted one with config.json and weights")
         if self.output is not None:
+            read = [given[name] for name in ("tokens", "tokenizer") if given[name] is not None]
+            with _errors():
+                read += [path for path in model.iterdir() if path.suffix != ".npy"]
+            refuse_overwriting([self.output], read, "run")
             Outputs(given["force"]).rehearse(self.output)
         self._read_prompt()
         self.stop = generate_files.stop_tokens(given["stop"], self.tokenizer)
@@ -56,6 +63,10 @@ class Job:
         if given["tokens"] is not None:
             self.prompt, self.mask = generate_files.read_tokens(given["tokens"], given["pad"])
             return
+        try:
+            given["prompt"].encode()
+        except UnicodeEncodeError:  # bytes that this terminal's encoding has not
+            raise FileError("--prompt: is no text, but other bytes; wanted some text to go on from") from None
         self.prompt = np.array([self.tokenizer.encode(given["prompt"]).ids], np.int64)
         self.mask = np.ones(self.prompt.shape, bool)
         if not self.prompt.size:
@@ -67,8 +78,8 @@ class Job:
         with _errors():
             options = {"dtype": self.given["dtype"], "device": self.gpu}
             self.model, self.params = MambaLM.from_pretrained(self.given["model"], **options)
-        if not self.stop and not self.given["no_stop"]:
             ends = generate_files.end_tokens(self.given["model"])
+        if not self.stop and not self.given["no_stop"]:
             self.stop = [token for token in ends if token < self.model.config.vocab_size]
 
     # ------------------------------------------------------------------------------------------------ the run
@@ -82,7 +93,7 @@ class Job:
         options = {name: self.given[name] for name in SAMPLING}
         tokens, mask = self._on_device(self.prompt), None if self.mask.all() else self._on_device(self.mask)
         try:
-            with _errors():
+            with _errors(self.given["tokens"]):
                 generate(
                     self.model, self.params, tokens, self.given["max_new_tokens"], mask=mask, on_step=self._show,
                     stop=self.stop, pad=self.given["pad"], **options,
@@ -155,14 +166,19 @@ class Job:
 
 
 @contextlib.contextmanager
-def _errors():
-    """The library's errors about what was given, as one line each."""
+def _errors(tokens=None):
+    """The library's errors about what was given, as one line each; `tokens` is the file of the argument of that name."""
     try:
         yield
-    except (TypeError, ValueError, FileNotFoundError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OSError) as error:
         if isinstance(error, RuntimeError) and type(error) is not RuntimeError:  # the GPU's own
             raise
         text = str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            text = f"{error.filename}: {error.strerror}"
+        elif isinstance(error, OSError) and not isinstance(error, FileNotFoundError):  # standard output's
+            raise
         for operation in ("generate: ", "Sampling: ", "load: "):
             text = text.removeprefix(operation)
-        raise FileError(text) from None
+        about_tokens = tokens is not None and re.match(r"(row \d+ of )?(tokens|mask)\b", text)
+        raise FileError(f"{tokens}: {text}" if about_tokens else text) from None

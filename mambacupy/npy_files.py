@@ -77,13 +77,13 @@ def open_npz(path, wanted=None):
 def _opened(path, kind):
     """An open file that can be mapped: a pipe would be waited for, and a device has no end."""
     with _errors_of(path, kind):
-        _refuse_no_file(path, kind)
+        refuse_no_file(path, kind)
         with open(path, "rb") as file:
             yield file
 
 
-def _refuse_no_file(path, wanted):
-    """Raise a FileError if what is at `path` is no regular file."""
+def refuse_no_file(path, wanted):
+    """Raise a FileError if something is at `path` that is no regular file."""
     with contextlib.suppress(FileNotFoundError):
         kind = _NO_FILES.get(stat.S_IFMT(os.stat(path).st_mode))
         if kind:
@@ -152,6 +152,25 @@ def _known(x):
     return x.view(BFLOAT16) if x.dtype == _HOW_NUMPY_STORES_BFLOAT16 else x
 
 
+def refuse_overwriting(targets, inputs, what):
+    """Raise a FileError if one of the files to be written is among those that are read, or is named twice.
+
+    Parameters
+    ----------
+    targets, inputs : iterables of path
+    what : str
+        Of what they are inputs, as the message says it.
+    """
+    used, seen = {os.path.realpath(path) for path in inputs}, set()
+    for target in targets:
+        real = os.path.realpath(target)
+        if real in used:
+            raise FileError(f"{target}: is an input of this {what}; write elsewhere")
+        if real in seen:
+            raise FileError(f"{target}: named for two outputs; each needs a file of its own")
+        seen.add(real)
+
+
 class Outputs:
     """Files that appear together and complete, or not at all.
 
@@ -194,7 +213,7 @@ class Outputs:
         """
         named, path = os.fspath(path), Path(path)
         with _nothing_written(path):
-            _refuse_no_file(path, _TARGET)
+            refuse_no_file(path, _TARGET)
             if os.path.basename(named) in ("", os.curdir, os.pardir):  # which Path drops
                 raise FileError(f"{named}: names a folder, wanted {_TARGET}")
             if os.path.lexists(path) and not self.force:
@@ -316,7 +335,7 @@ def _reserve(descriptor, size):
 def _rename(temporary, path, force):
     """Give a complete file its name; without `force` a file that has appeared there meanwhile is kept."""
     if force:
-        _refuse_no_file(path, _TARGET)
+        refuse_no_file(path, _TARGET)
         if os.path.lexists(path):
             try:
                 os.link(path, _replaced(temporary), follow_symlinks=False)

@@ -62,7 +62,7 @@ def read_inputs(source, overrides, kind=SCAN):
     if source is not None:
         source = Path(source)
         if os.path.isdir(source):
-            found = {path.stem: path for path in sorted(source.glob("*.npy"))}
+            found = {name.removesuffix(".npy"): source / name for name in _listed(source) if name.endswith(".npy")}
             for name in kind.names:
                 if name in found and name not in overrides:
                     arrays[name], files[name] = open_array(found[name]), str(found[name])
@@ -82,6 +82,13 @@ def read_inputs(source, overrides, kind=SCAN):
             f"{', '.join(kind.required[:-1])} and {kind.required[-1]} (name single files with --{missing[0]} FILE)"
         )
     return {name: arrays.get(name) for name in kind.names}, files, ignored
+
+
+def _listed(folder):
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise FileError(f"{folder}: {error.strerror}") from None
 
 
 def check(arguments, options):

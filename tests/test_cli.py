@@ -334,6 +334,14 @@ def test_folder_that_must_not_be_written(base, tmp_path, run):
     )
 
 
+def test_folder_that_must_not_be_listed(base, tmp_path, run):
+    forbid(base[1], 0o100)
+    try:
+        assert refused(run("scan", base[1], "-o", tmp_path / "y.npy"), ["in: Permission denied"])
+    finally:
+        base[1].chmod(0o700)
+
+
 def test_folder_that_must_not_be_entered(base, tmp_path, run):
     forbid(base[1])
     try:

@@ -4,15 +4,17 @@ import builtins
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import types
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
-from test_cli import BAD_STREAMS, shell
+from test_cli import BAD_STREAMS, files_in, forbid, refused, shell
 
 from mambacupy import cli, environment, generate_files
 from mambacupy.generation import generate, pad_prompts
@@ -223,7 +225,23 @@ REFUSED = {
     "stop-both": ("{model} --prompt a --stop 1 --no-stop", "--stop and --no-stop exclude each other"),
     "exists": ("{model} --prompt a -o {tmp}/t.npy", "t.npy: exists; --force replaces it"),
     "rows": ("{model} --tokens {tmp}/t.npy", "t.npy: has 2 rows, whose tokens need -o FILE or --json"),
-    "range": ("{model} --tokens {tmp}/far.npy", "tokens[0, 1] is 257, wanted 0 to 256"),
+    "range": ("{model} --tokens {tmp}/far.npy", "far.npy: tokens[0, 1] is 257, wanted 0 to 256"),
+    "no-tokens": ("{model} --tokens {tmp}/none.npy", "none.npy: row 0 of tokens has no token, wanted at least one"),
+    "all-padding": ("{model} --tokens {tmp}/t.npy --pad 1 -o {tmp}/o.npy", "t.npy: row 0 of mask has no token"),
+    "no-such-model": ("{tmp}/no --prompt a", "no: no such folder, wanted one with config.json and weights"),
+    "model-is-a-file": ("{tmp}/t.npy --prompt a", "t.npy: no such folder, wanted one with config.json"),
+    "tokenizer-is-a-folder": ("{model} --prompt a --tokenizer {tmp}", ": is a folder, wanted a tokenizer.json"),
+    "tokenizer-is-a-pipe": ("{model} --prompt a --tokenizer {tmp}/pipe", "pipe: is a pipe, wanted a tokenizer.json"),
+    "config-is-a-pipe": ("{tmp}/pipes --tokens {tmp}/t.npy -o {tmp}/o.npy", "pipes/config.json: is no regular file"),
+    "not-text": ("{model} --prompt a\udcff", "--prompt: is no text, but other bytes"),
+    "cold": (
+        "{model} --prompt a --temperature 1e-300",
+        "temperature is 1e-300, wanted a finite number, 0 (greedy) or from 1e-20",
+    ),
+    "end-of-text": ("{tmp}/nested --prompt a", "nested/generation_config.json: not a JSON object (nested too deeply)"),
+    "tokens-as-output": ("{model} --tokens {tmp}/t.npy -o {tmp}/t.npy --force", "t.npy: is an input of this run; write"),
+    "weights-as-output": ("{model} --prompt a -o {model}/model.safetensors --force", "model.safetensors: is an input of"),
+    "tokenizer-as-output": ("{model} --prompt a -o {model}/../bytes/tokenizer.json --force", "tokenizer.json: is an input of"),
     "floats": ("{model} --tokens {tmp}/floats.npy", "floats.npy: float64 (3,), wanted integers (length,) or (batch, length)"),
     "pad": ("{model} --prompt a --pad 0", "--pad is for --tokens FILE"),
     "count": ("{model} --prompt a -n -1", "'-n'"),
@@ -236,12 +254,50 @@ def test_refuses_in_one_line(folder, run, tmp_path, row):
     np.save(tmp_path / "t.npy", np.ones((2, 3), int))
     np.save(tmp_path / "far.npy", np.array([1, 257]))
     np.save(tmp_path / "floats.npy", np.ones(3))
+    np.save(tmp_path / "none.npy", np.ones((1, 0), int))
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "pipes").mkdir()
+    os.mkfifo(tmp_path / "pipes" / "config.json")
+    shutil.copytree(folder, tmp_path / "nested")
+    (tmp_path / "nested" / "generation_config.json").write_text("[" * 100_000)
     words, message = REFUSED[row]
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    before = files_in(tmp_path) | files_in(folder)
     done = run(*shlex.split(words.format(model=folder, tmp=tmp_path)))
     assert done.code == 2 and done.out == ""
     assert len(done.err.splitlines()) == 1 and done.err.startswith("mambacupy: ") and message in done.err
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert files_in(tmp_path) | files_in(folder) == before
+
+
+@pytest.mark.parametrize("name", ["", "config.json", "model.safetensors", "tokenizer.json", "generation_config.json"])
+def test_what_must_not_be_read_is_told(folder, run, tmp_path, name):
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text("{}")
+    forbid(tmp_path / "model" / name)
+    try:
+        done = run(tmp_path / "model", "--prompt", "a", "-n", 1, "--device", "cpu")
+    finally:
+        (tmp_path / "model").chmod(0o700)
+    assert refused(done, [f"model/{name or 'tokenizer.json'}: Permission denied"])
+
+
+def test_weights_that_overflow_do_so_without_a_word(folder, run, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    model, params = MambaLM.from_pretrained(folder)
+    params["norm_f"]["weight"] = np.full_like(params["norm_f"]["weight"], 3e38)
+    model.save_pretrained(params, tmp_path / "model", force=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for dtype in ("float32", "float16"):
+            done = run(tmp_path / "model", "--prompt", "a", "-n", 2, "--device", "cpu", "--quiet", "--dtype", dtype)
+            assert (done.code, done.err) == (0, "")
+
+
+def test_an_array_in_the_models_folder_may_be_replaced(folder, run, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    for _ in range(2):
+        line = ["--prompt", "a", "-n", 2, "-o", tmp_path / "model" / "t.npy", "--force", "--device", "cpu"]
+        assert run(tmp_path / "model", *line).code == 0
+    assert np.load(tmp_path / "model" / "t.npy").shape == (1, 2)
 
 
 def test_a_missing_package_is_named_with_its_remedy(folder, run, monkeypatch):
