@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import secrets
 import signal
 import stat
 import threading
@@ -241,9 +242,9 @@ class Outputs:
 
     def _allocate(self, path, target, shape, dtype):
         stored = _HOW_NUMPY_STORES_BFLOAT16 if dtype == BFLOAT16 else np.dtype(dtype)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
         self._files.append([None, temporary, target])
-        with open(temporary, "wb+") as file:
+        with open(temporary, "xb+") as file:  # never through a link that waits under this name
             header = {
                 "descr": np.lib.format.dtype_to_descr(stored),
                 "fortran_order": False,
@@ -343,11 +344,14 @@ def _rename(temporary, path, force):
                 os.rename(path, _replaced(temporary))
         os.replace(temporary, path)
         return
+    appeared = FileError(f"{path}: appeared while it was computed; --force replaces it")
     try:
         os.link(temporary, path)
     except FileExistsError:
-        raise FileError(f"{path}: appeared while it was computed; --force replaces it") from None
+        raise appeared from None
     except OSError:  # a file system without hard links
+        if os.path.lexists(path):
+            raise appeared from None
         os.replace(temporary, path)
 
 

@@ -6,6 +6,7 @@ import io
 import os
 import random
 import re
+import secrets
 import signal
 import threading
 import warnings
@@ -328,13 +329,39 @@ def test_signals_are_left_alone_in_other_threads(tmp_path):
     assert np.all(np.load(tmp_path / "y.npy") == 1)
 
 
-def test_what_appeared_meanwhile_is_kept(tmp_path):
+def no_links(*arguments, **options):
+    raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+@pytest.mark.parametrize("hard_links", [True, False])
+def test_what_appeared_meanwhile_is_kept(tmp_path, monkeypatch, hard_links):
     """…and then none of the outputs appears."""
+    if not hard_links:
+        monkeypatch.setattr(os, "link", no_links)
     with pytest.raises(FileError, match=r"h\.npy: appeared"), Outputs() as outputs:
         outputs.create(tmp_path / "y.npy", (3,), np.float32)
         outputs.create(tmp_path / "h.npy", (3,), np.float32)
         (tmp_path / "h.npy").write_bytes(b"theirs")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"h.npy": b"theirs"}
+
+
+def test_nothing_is_written_through_a_link_with_a_temporary_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(secrets, "token_hex", lambda _: "guessed")
+    (tmp_path / "theirs").write_bytes(b"theirs")
+    (tmp_path / ".y.npy.guessed.part").symlink_to("theirs")
+    with pytest.raises(FileError, match=r"y\.npy: File exists; nothing was written"), Outputs() as outputs:
+        outputs.create(tmp_path / "y.npy", (3,), np.float32)
+    assert files_below(tmp_path)["theirs"] == b"theirs"
+
+
+def test_two_runs_at_once_keep_apart(tmp_path):
+    """Even if both are process 1, each of a container of its own."""
+    with Outputs(force=True) as one, Outputs(force=True) as two:
+        for value, outputs in enumerate((one, two)):
+            outputs.create(tmp_path / "y.npy", (3,), np.float32)[...] = value
+        assert len(os.listdir(tmp_path)) == 2
+    assert np.all(np.load(tmp_path / "y.npy") == 0)
+    assert os.listdir(tmp_path) == ["y.npy"]
 
 
 @pytest.mark.parametrize("special", ["fifo", "dangling"])
@@ -412,9 +439,6 @@ def test_scratch_is_writable_and_gone_when_outputs_appear(tmp_path):
 @pytest.mark.parametrize("failure", ["no-room", "folder", "interrupt", None])
 def test_outputs_that_are_replaced_are_replaced_together(tmp_path, monkeypatch, failure, hard_links):
     """Where the third of four cannot follow, those before it are what they were, and the new one is not there."""
-
-    def no_links(*arguments, **options):
-        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
     def replace(source, target, real=os.replace):
         if failure and str(target).endswith("3.npy") and str(source).endswith(".part"):
