@@ -11,41 +11,36 @@ import socket
 import subprocess
 import sys
 import termios
-import time
 import types
-from pathlib import Path
 
 import cases
+import command
 import numpy as np
 import pytest
+from command import (
+    BAD_STREAMS,
+    OPTIONS,
+    ROOT,
+    SIGNALS,
+    change,
+    check_interruption,
+    command_options,
+    files_in,
+    forbid,
+    refused,
+    same,
+    save,
+    shell,
+    shown_on_terminal,
+    start,
+    wait_for,
+    write,
+)
 
-from mambacupy import cli, environment, scan_files, selective_scan
+from mambacupy import environment, scan_files, selective_scan
 from mambacupy.npy_files import open_array
 
-ROOT = Path(__file__).parent.parent
-OPTIONS = ("--softplus",)
-"""The base case's options, as the command line spells them."""
-
-
-@pytest.fixture(autouse=True)
-def handlers_of_signals():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture
-def run(capsys):
-    """Function that runs `mambacupy` in this process. An exception that the command line lets through fails the test."""
-
-    def call(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main([str(argument) for argument in arguments])
-        return types.SimpleNamespace(code=stop.value.code, **capsys.readouterr()._asdict())
-
-    return call
+run = command.run
 
 
 @pytest.fixture
@@ -54,33 +49,6 @@ def base(tmp_path):
     arguments, _ = cases.make()
     save(tmp_path / "in", arguments)
     return arguments, tmp_path / "in"
-
-
-def save(folder, arguments, how=None):
-    """Write arguments as a folder of files, or with numpy.savez or numpy.savez_compressed as one file."""
-    arguments = {name: x for name, x in arguments.items() if x is not None}
-    folder.mkdir()
-    if how is not None:
-        how(folder / "inputs.npz", **arguments)
-        return folder / "inputs.npz"
-    for name, x in arguments.items():
-        np.save(folder / f"{name}.npy", x)
-    return folder
-
-
-def command_options(options):
-    found = ["--discretization", options["discretization"]]
-    return found + ["--softplus"] * options["delta_softplus"] + ["--reverse"] * options["reverse"]
-
-
-def same(got, wanted):
-    return (got.shape, got.dtype, got.tobytes()) == (wanted.shape, wanted.dtype, wanted.tobytes())
-
-
-def files_in(folder):
-    """Every file below a folder with its content: what a run that failed must leave as it was."""
-    found = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
 # ---------------------------------------------------------------------------------------------------- results
@@ -172,20 +140,6 @@ def test_arrays_without_elements(tmp_path, run, changes, how):
 
 
 # ---------------------------------------------------------------------------------------------------- bad input
-def change(name, how):
-    """Damage: put how(array) in a file's place."""
-    return lambda folder: np.save(folder / f"{name}.npy", how(np.load(folder / f"{name}.npy")))
-
-
-def write(name, content):
-    """Damage: replace the file `name` by bytes, or by some of its own."""
-
-    def damage(folder):
-        (folder / name).write_bytes(content if isinstance(content, bytes) else (folder / name).read_bytes()[content])
-
-    return damage
-
-
 def folder_instead(folder):
     (folder / "u.npy").unlink()
     (folder / "u.npy").mkdir()
@@ -205,12 +159,6 @@ def socket_instead(folder):
     (folder / "u.npy").unlink()
     with socket.socket(socket.AF_UNIX) as made:
         made.bind(os.path.relpath(folder / "u.npy"))  # the names of sockets are short
-
-
-def forbid(path, mode=0):
-    path.chmod(mode)
-    if os.access(path, os.W_OK):
-        pytest.skip("nothing is forbidden to this user")
 
 
 def zipped(content):
@@ -260,15 +208,6 @@ BAD = {  # damage to the folder of inputs, which may name others; words of the o
     "npz-corrupted": (zipped(lambda content: content[:200] + b"\xff" * 2000 + content[2200:]), ["x.npz"]),
     "npz-without-arrays": (zipped(lambda content: b"PK\5\6" + bytes(18)), ["x.npz: no u.npy, delta.npy, A.npy, B.npy, C.npy"]),
 }  # fmt: skip
-
-
-def refused(done, words):
-    """Whether a run ended with exit code 2 and one line on stderr that has all the words."""
-    assert done.code == 2
-    assert done.out == ""
-    assert len(done.err.splitlines()) == 1 and done.err.endswith("\n"), done.err
-    assert done.err.startswith("mambacupy: ") and all(word in done.err for word in words), done.err
-    return True
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -385,10 +324,7 @@ def test_existing_outputs_are_replaced_with_force_only(base, tmp_path, run):
     assert sorted(os.listdir(tmp_path)) == ["in", "y.npy"]
 
 
-FAILURES = {
-    "memory": (MemoryError(), 2, "out of memory"),
-    "interrupt": (KeyboardInterrupt(), 130, "interrupted; nothing was written"),
-    "gpu": (type("OutOfMemoryError", (Exception,), {})("Out of memory\nallocating"), 2, "--device cpu may help"),
+FAILURES = command.FAILURES | {
     "disk": (OSError(errno.ENOSPC, "No space left on device"), 2, "y.npy: No space left on device; nothing was written"),
 }
 
@@ -416,33 +352,11 @@ def test_failure_midway_leaves_everything_as_it_was(base, tmp_path, run, monkeyp
     assert files_in(tmp_path) == before
 
 
-def start(*arguments, command="scan", ignored=(), **options):
-    """`mambacupy scan` in a process of its own, whose signals are not those that a shell may have turned off."""
-    line = [sys.executable, ROOT / "cli.py", command, *map(str, arguments)]
-
-    def turn_on():
-        for number in (signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
-
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "preexec_fn": turn_on} | options
-    return subprocess.Popen(line, cwd=ROOT, **options)
-
-
 @pytest.fixture
 def slow(tmp_path):
     """Inputs and options of a scan that takes several seconds."""
     arguments, _ = cases.make(batch=1, dim=2, state=1, length=200_000)
     return [save(tmp_path / "in", arguments), "--block-length", 1, "--device", "cpu"]
-
-
-def wait_for(condition, seconds=30):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
-SIGNALS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
 
 
 @pytest.mark.parametrize("name", SIGNALS)
@@ -451,13 +365,7 @@ def test_interruption_leaves_everything_as_it_was(slow, tmp_path, name, force):
     if force:
         (tmp_path / "y.npy").write_bytes(b"mine")
     before = files_in(tmp_path)
-    process = start(*slow, "-o", tmp_path / "y.npy", *["--force"] * force)
-    wait_for(lambda: list(tmp_path.glob(".*.part")) or process.poll() is not None)
-    time.sleep(0.1)
-    process.send_signal(getattr(signal, name))
-    out, err = process.communicate(timeout=30)
-    assert (process.returncode, out) == (SIGNALS[name], b"")
-    assert b"Traceback" not in err and len(err.splitlines()) <= 1
+    check_interruption(start("scan", *slow, "-o", tmp_path / "y.npy", *["--force"] * force), tmp_path, ".*.part", name)
     assert files_in(tmp_path) == before
 
 
@@ -488,7 +396,7 @@ def test_ctrl_c_where_nothing_is_written(run, monkeypatch):
 def test_what_nohup_and_scripts_ignore_is_ignored(tmp_path, number):
     arguments, _ = cases.make(batch=1, dim=2, state=1, length=10_000)
     folder = save(tmp_path / "in", arguments)
-    process = start(folder, "-o", tmp_path / "y.npy", "--block-length", 1, "--device", "cpu", ignored=[number])
+    process = start("scan", folder, "-o", tmp_path / "y.npy", "--block-length", 1, "--device", "cpu", ignored=[number])
     wait_for(lambda: list(tmp_path.glob(".*.part")) or process.poll() is not None)
     assert process.poll() is None
     process.send_signal(number)
@@ -507,7 +415,7 @@ def test_a_terminal_that_is_closed_leaves_everything_as_it_was(slow, tmp_path):
         fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
 
     session = {"start_new_session": True, "preexec_fn": take_terminal}
-    process = start(*slow, "-o", tmp_path / "y.npy", stdout=theirs, stderr=theirs, **session)
+    process = start("scan", *slow, "-o", tmp_path / "y.npy", stdout=theirs, stderr=theirs, **session)
     os.close(theirs)
     try:
         wait_for(lambda: list(tmp_path.glob(".*.part")) or process.poll() is not None)
@@ -596,20 +504,6 @@ def test_quiet(base, tmp_path, run):
     assert (tmp_path / "y.npy").exists()
 
 
-BAD_STREAMS = {  # what a shell does to standard output, and the line on standard error
-    "full": (">/dev/full", "mambacupy: standard output: No space left on device\n"),
-    "closed": (">&-", "mambacupy: standard output: Bad file descriptor\n"),
-    "unread": ("| head -0", ""),
-}
-
-
-def shell(line, redirection, **options):
-    """Exit code and standard error of the command line in a shell."""
-    line = f"{shlex.quote(sys.executable)} cli.py {line} {redirection}; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", line], cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=60, **options)
-    return done.returncode, done.stderr
-
-
 @pytest.mark.parametrize("case", BAD_STREAMS)
 def test_a_bad_standard_output_is_told_and_files_are_whole(base, tmp_path, case):
     redirection, told = BAD_STREAMS[case]
@@ -643,17 +537,5 @@ def test_text_that_standard_output_cannot_spell(base, tmp_path):
 @pytest.mark.parametrize("options, shown", [([], True), (["--quiet"], False), (["--json"], False)], ids=["", "quiet", "json"])
 def test_progress_is_shown_on_a_terminal_only(base, tmp_path, options, shown):
     """That it is not shown elsewhere, test_summary says."""
-    ours, theirs = pty.openpty()
-    process = start(base[1], "-o", tmp_path / "y.npy", "--block-length", 7, "--device", "cpu", *options, stderr=theirs)
-    os.close(theirs)
-    seen = b""
-    try:
-        while part := os.read(ours, 4096):
-            seen += part
-    except OSError:  # how Linux says that the other end is closed
-        pass
-    finally:
-        os.close(ours)
-    process.communicate(timeout=30)
-    assert process.returncode == 0
+    seen = shown_on_terminal("scan", base[1], "-o", tmp_path / "y.npy", "--block-length", 7, "--device", "cpu", *options)
     assert (b"scanning" in seen and b"100%" in seen) if shown else seen == b""

@@ -1,48 +1,34 @@
 """`mambacupy generate`: the tokens of the library, text as it comes, Ctrl-C that keeps what there is, and one-line errors."""
 
 import builtins
+import functools
 import json
 import os
 import shlex
 import shutil
 import signal
 import subprocess
-import sys
-import types
 import warnings
-from pathlib import Path
 
+import command
 import numpy as np
 import pytest
-from test_cli import BAD_STREAMS, files_in, forbid, refused, shell
+from command import BAD_STREAMS, files_in, forbid, refused, shell, start
 
-from mambacupy import cli, environment, generate_files
+from mambacupy import environment, generate_files
 from mambacupy.generation import generate, pad_prompts
 from mambacupy.models import MambaConfig, MambaLM
 
-ROOT = Path(__file__).parent.parent
 tokenizers = pytest.importorskip("tokenizers", reason="these tests need the package tokenizers (the extra `test`)")
 
 
-@pytest.fixture(autouse=True)
-def handlers_of_signals():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+run_any = command.run
 
 
 @pytest.fixture
-def run(capsys):
+def run(run_any):
     """Function that runs `mambacupy generate` in this process."""
-
-    def call(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main(["generate", *map(str, arguments)])
-        return types.SimpleNamespace(code=stop.value.code, **capsys.readouterr()._asdict())
-
-    return call
+    return functools.partial(run_any, "generate")
 
 
 def make_tokenizer(path):
@@ -167,10 +153,8 @@ def test_words_whose_spaces_depend_on_their_neighbours():
 
 def test_interrupt_keeps_what_there_is(folder, tmp_path):
     """Ctrl-C of a real process, after it has shown some text."""
-    command = [sys.executable, "-u", "-m", "mambacupy.cli", "generate", str(folder), "--prompt", "the", "-n", "1000000",
-               "--no-stop", "--device", "cpu", "--temperature", "1", "-o", str(tmp_path / "t.npy")]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, cwd=tmp_path) as process:
+    line = [folder, "--prompt", "the", "-n", 1_000_000, "--no-stop", "--device", "cpu", "--temperature", 1]
+    with start("generate", *line, "-o", tmp_path / "t.npy") as process:
         assert len(process.stdout.read(20)) == 20
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=30)
@@ -206,8 +190,7 @@ def test_an_output_that_cannot_be_is_told_before_the_work(folder, run, tmp_path,
     monkeypatch.setattr(MambaLM, "from_pretrained", lambda *_, **__: pytest.fail("known only when the model is read"))
     os.mkfifo(tmp_path / "pipe")
     done = run(folder, "--prompt", "the", "-o", f"{tmp_path}/{name}", "--force")
-    assert done.code == 2 and len(done.err.splitlines()) == 1, done.err
-    assert done.err.startswith(f"mambacupy: {os.path.normpath(tmp_path / name)}"), done.err
+    assert refused(done, [f"mambacupy: {os.path.normpath(tmp_path / name)}"])
     assert os.listdir(tmp_path) == ["pipe"]
 
 
@@ -263,8 +246,7 @@ def test_refuses_in_one_line(folder, run, tmp_path, row):
     words, message = REFUSED[row]
     before = files_in(tmp_path) | files_in(folder)
     done = run(*shlex.split(words.format(model=folder, tmp=tmp_path)))
-    assert done.code == 2 and done.out == ""
-    assert len(done.err.splitlines()) == 1 and done.err.startswith("mambacupy: ") and message in done.err
+    assert refused(done, [message])
     assert files_in(tmp_path) | files_in(folder) == before
 
 
@@ -310,7 +292,7 @@ def test_a_missing_package_is_named_with_its_remedy(folder, run, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     done = run(folder, "--prompt", "a")
-    assert done.code == 2 and done.err.endswith('the package tokenizers is not installed: pip install "mambacupy[models]"\n')
+    assert refused(done, ['the package tokenizers is not installed: pip install "mambacupy[models]"\n'])
 
 
 def test_a_missing_gpu_is_explained(folder, run, monkeypatch):
