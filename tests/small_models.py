@@ -1,6 +1,7 @@
 """Small models for tests: what a configuration may change, and parameters moved so that every part matters."""
 
 import numpy as np
+import pytest
 
 from mambacupy.layers import map_params
 from mambacupy.models import MambaConfig, MambaLM
@@ -22,3 +23,14 @@ def make(config, spread, dtype, compute=None, checkpoint=False):
     model, rng = MambaLM(MambaConfig(**config), compute, checkpoint), np.random.default_rng(7)
     params = model.init(rng, np.float64)
     return model, map_params(lambda p: (p + spread * rng.standard_normal(p.shape)).astype(dtype), params)
+
+
+def save_tokenizer(path):
+    """Bytes, and an end of text: number 256."""
+    tokenizers = pytest.importorskip("tokenizers", reason="needs the package tokenizers (the extra `test`)")
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.add_special_tokens(["<|endoftext|>"])
+    made.save(str(path))

@@ -13,6 +13,7 @@ import warnings
 import command
 import numpy as np
 import pytest
+import small_models
 from command import BAD_STREAMS, files_in, forbid, refused, shell, start
 
 from mambacupy import environment, generate_files
@@ -31,17 +32,6 @@ def run(run_any):
     return functools.partial(run_any, "generate")
 
 
-def make_tokenizer(path):
-    """Bytes, and an end of text: number 256."""
-    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = tokenizers.decoders.ByteLevel()
-    made.add_special_tokens(["<|endoftext|>"])
-    made.save(str(path))
-    return made
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A model with random weights, and a tokenizer."""
@@ -50,7 +40,7 @@ def folder(tmp_path_factory):
     params = model.init(np.random.default_rng(0))
     params["embedding"]["weight"] *= 20
     model.save_pretrained(params, path)
-    make_tokenizer(path / "tokenizer.json")
+    small_models.save_tokenizer(path / "tokenizer.json")
     return path
 
 

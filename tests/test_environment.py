@@ -47,6 +47,7 @@ def cupy(monkeypatch, builds):
     module.cuda = types.SimpleNamespace(runtime=runtime, nvrtc=types.SimpleNamespace(getVersion=lambda: (12, 9)))
     monkeypatch.setitem(sys.modules, "cupy", module)
     monkeypatch.setitem(sys.modules, "cupy.cublas", types.ModuleType("cupy.cublas"))
+    monkeypatch.setattr(environment, "_header_folder", lambda: "include")
     return module
 
 
