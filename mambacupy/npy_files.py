@@ -24,6 +24,8 @@ _NO_FILES = {
     stat.S_IFBLK: "device",
 }
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+MOST_BYTES = 2**62
+"""Beyond, neither NumPy nor operating systems count. An array without elements has the size that its other axes give it."""
 _TARGET = "the name of a file to write"
 
 
@@ -242,6 +244,8 @@ class Outputs:
 
     def _allocate(self, path, target, shape, dtype):
         stored = _HOW_NUMPY_STORES_BFLOAT16 if dtype == BFLOAT16 else np.dtype(dtype)
+        if math.prod(max(n, 1) for n in shape) * stored.itemsize > MOST_BYTES:
+            raise FileError(f"{path}: {tuple(shape)} {dtype} is more than any file holds; nothing was written")
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
         self._files.append([None, temporary, target])
         with open(temporary, "xb+") as file:  # never through a link that waits under this name

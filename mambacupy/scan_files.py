@@ -110,9 +110,9 @@ def default_block_length(u):
 
 
 def blocks_of_time(length, block_length, reverse):
-    """Slices of memory's time, in the order in which they are walked."""
-    blocks = [slice(t, min(t + block_length, length)) for t in range(0, length, block_length)]
-    return blocks[::-1] if reverse else blocks
+    """Slices of memory's time, one by one in the order in which they are walked."""
+    starts = range(0, length, block_length)
+    return (slice(t, min(t + block_length, length)) for t in (reversed(starts) if reverse else starts))
 
 
 def varies(name, x):

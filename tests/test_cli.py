@@ -79,6 +79,12 @@ def test_blocks_are_as_long_as_asked(base, tmp_path, run, monkeypatch):
     assert lengths == [32, 32, 6]
 
 
+def test_blocks_are_not_listed_beforehand():
+    """There may be as many as steps."""
+    blocks = scan_files.blocks_of_time(10**15, 1, False)
+    assert (next(blocks), next(blocks)) == (slice(0, 1), slice(1, 2))
+
+
 @pytest.mark.parametrize("changes", [{}, {"complex": True}, {"dtype": "bfloat16", "B": 3}], ids=["real", "complex", "bfloat16"])
 def test_every_source_of_the_same_arrays_gives_the_same(tmp_path, run, changes):
     arguments, options = cases.make(**changes)

@@ -267,6 +267,13 @@ def test_a_full_disk_is_met_before_the_first_byte(tmp_path, monkeypatch, number)
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("shape", [(2**40, 2**20, 4), (0, 2**40, 2**20, 4)])
+def test_what_no_file_holds_is_refused(tmp_path, shape):
+    with pytest.raises(FileError, match=r"y\.npy: \(.*\) float32 is more than any file holds; nothing"), Outputs() as outputs:
+        outputs.create(tmp_path / "y.npy", shape, np.dtype(np.float32))
+    assert os.listdir(tmp_path) == []
+
+
 def test_space_is_claimed_where_the_system_cannot(tmp_path, monkeypatch):
     monkeypatch.delattr(os, "posix_fallocate", raising=False)
     x = np.arange(500_000.0)
