@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import time
 from pathlib import Path
@@ -40,7 +41,7 @@ class Job:
         if given["pad"] is not None and given["tokens"] is None:
             raise FileError("--pad is for --tokens FILE")
         model, self.output = Path(given["model"]), given["output"]
-        if not model.is_dir():
+        if not os.path.isdir(model):
             raise FileError(f"{model}: no such folder, wanted one with config.json and weights")
         if self.output is not None:
             read = [given[name] for name in ("tokens", "tokenizer") if given[name] is not None]

@@ -202,6 +202,7 @@ REFUSED = {
     "no-tokens": ("{model} --tokens {tmp}/none.npy", "none.npy: row 0 of tokens has no token, wanted at least one"),
     "all-padding": ("{model} --tokens {tmp}/t.npy --pad 1 -o {tmp}/o.npy", "t.npy: row 0 of mask has no token"),
     "no-such-model": ("{tmp}/no --prompt a", "no: no such folder, wanted one with config.json and weights"),
+    "model-name-too-long": (f"{'x' * 5000} --prompt a", "xxx: no such folder, wanted one with config.json"),
     "model-is-a-file": ("{tmp}/t.npy --prompt a", "t.npy: no such folder, wanted one with config.json"),
     "tokenizer-is-a-folder": ("{model} --prompt a --tokenizer {tmp}", ": is a folder, wanted a tokenizer.json"),
     "tokenizer-is-a-pipe": ("{model} --prompt a --tokenizer {tmp}/pipe", "pipe: is a pipe, wanted a tokenizer.json"),
