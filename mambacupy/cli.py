@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import json as json_format
-import os
 import re
 import signal
 import sys
@@ -11,34 +10,55 @@ import time
 from pathlib import Path
 
 import click
+import numpy as np
 
 import mambacupy
-from mambacupy import arrays, environment, generate_command, grad_files, scan_files
-from mambacupy.npy_files import FileError, Outputs
+from mambacupy import arrays, environment, generate_command, grad_files, scan_files, streams
+from mambacupy.npy_files import FileError, Outputs, refuse_overwriting
 
 
 class OneLineError(click.ClickException):
     """Bad input or a missing piece: one line on stderr, exit code 2."""
 
-    exit_code = 2
 
-    def show(self, file=None):
-        click.echo(f"mambacupy: {' '.join(self.format_message().splitlines())}", err=True)
-
-
-class _Commands(click.Group):
-    """Commands whose usage errors are one line too."""
-
-    def invoke(self, context):
-        try:
-            return super().invoke(context)
-        except click.UsageError as error:
-            raise OneLineError(f"{error.format_message()} See {(error.ctx or context).command_path} --help") from None
+def main(arguments=None):
+    """Run the command line, of this process or as given, and end the process."""
+    streams.mend()
+    sys.exit(_run(arguments))
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+def _run(arguments):
+    """The exit code. Whatever ends a run early, the user reads one line at most."""
+    try:
+        return _commands.main(arguments, standalone_mode=False) or 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        streams.tell(error.format_message())
+        return error.exit_code
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "mambacupy"
+        streams.tell(f"mambacupy: {_one_line(error).removesuffix('.')}; see {command} --help")
+        return 2
+    except click.ClickException as error:
+        streams.tell(f"mambacupy: {_one_line(error)}")
+        return 2
+    except click.Abort:  # Ctrl-C where nothing is written
+        return 130
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # What files say is a FileError, so this is what standard output says; of a closed pipe click has seen to.
+        streams.give_up(sys.stdout)
+        streams.tell(f"mambacupy: standard output: {error.strerror or error}")
+        return 1
+
+
+def _one_line(error):
+    return " ".join(error.format_message().splitlines())
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(mambacupy.__version__, prog_name="mambacupy")
-def main():
+def _commands():
     """Mamba's selective scan and its gradient over .npy files, on a GPU or without one."""
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", None)):
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
@@ -122,25 +142,13 @@ class _Job:
     def check(self, check, targets):
         """Refuse what cannot be run or would destroy its own inputs; finds the device."""
         self.targets = targets
-        self._refuse_overwriting_inputs()
+        inputs = [*self.files.values(), *([] if self.inputs is None else [self.inputs])]
+        refuse_overwriting(targets, inputs, self.kind.what)
         try:
             self.checked = check(self.arguments, self.options)
         except (TypeError, ValueError) as error:
             raise OneLineError(self._with_file(error)) from None
         self.gpu = _device(self.device)
-
-    def _refuse_overwriting_inputs(self):
-        used = {os.path.realpath(name) for name in self.files.values()}
-        if self.inputs is not None:
-            used.add(os.path.realpath(self.inputs))
-        seen = set()
-        for target in self.targets:
-            real = os.path.realpath(target)
-            if real in used:
-                raise OneLineError(f"{target}: is an input of this {self.kind.what}; write elsewhere")
-            if real in seen:
-                raise OneLineError(f"{target}: named for two outputs; each needs a file of its own")
-            seen.add(real)
 
     def _with_file(self, error):
         """The gate's message with the file of the argument it names in front."""
@@ -203,7 +211,7 @@ def _errors_in_one_line(relief="a smaller --block-length"):
     except MemoryError:
         raise OneLineError(f"out of memory; {relief} needs less") from None
     except KeyboardInterrupt:
-        click.echo("mambacupy: interrupted; nothing was written", err=True)
+        streams.tell("mambacupy: interrupted; nothing was written")
         sys.exit(130)
     except Exception as error:
         if type(error).__name__ in (
@@ -248,7 +256,7 @@ def _place(gpu):
 
 
 # ---------------------------------------------------------------------------------------------------- commands
-@main.command()
+@_commands.command()
 @_inputs(scan_files.SCAN)
 @click.option("-o", "--output", required=True, type=_Name(), metavar="FILE", help="Where y goes (.npy).")
 @click.option("--last-state", type=_Name(), metavar="FILE", help="Where the state after the final step goes (.npy).")
@@ -273,7 +281,7 @@ def scan(output, last_state, **given):
     job.report("scanned", " and ".join(click.format_filename(Path(target)) for target in job.targets))
 
 
-@main.command()
+@_commands.command()
 @_inputs(grad_files.GRADIENT)
 @click.option("-o", "--output", required=True, type=_Name(), metavar="FOLDER", help="Where the gradients go.")
 @_settings
@@ -301,7 +309,7 @@ def grad(output, **given):
     job.report("differentiated the scan of", f"{', '.join(names)} and {last} to {click.format_filename(Path(output))}")
 
 
-@main.command()
+@_commands.command()
 @click.argument("model", type=_Name())
 @click.option("--prompt", metavar="TEXT", help="Text to go on from; MODEL has a tokenizer.json.")
 @click.option("--tokens", type=_Name(), metavar="FILE", help="Go on from these tokens: .npy, (length,) or (batch, length).")
@@ -327,14 +335,15 @@ def generate(**given):
 
     Text appears as it is made. Ctrl-C ends it and keeps what there is.
     """
-    with _errors_in_one_line("a smaller --dtype"):
+    # As on a GPU, what overflows is infinite without a word.
+    with _errors_in_one_line("a smaller --dtype"), np.errstate(all="ignore"):
         job = generate_command.Job(given, functools.partial(_device, multiplies=True))
         code = job.run()
         job.report(_place(job.gpu))
     sys.exit(code)
 
 
-@main.command()
+@_commands.command()
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def info(as_json):
     """Say what is installed, what is missing, and the command that mends it."""

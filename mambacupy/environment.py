@@ -92,7 +92,7 @@ def report():
         "nvrtc": None,
         "cuda_headers": None,
         "kernel_cache": str(_cache_folder()),
-        "kernel_cache_bytes": _folder_size(_cache_folder()),
+        "kernel_cache_bytes": _try(lambda: _folder_size(_cache_folder())) or 0,
     }
     if len(facts["cupy_builds"]) == 0 and importlib.util.find_spec("cupy") is None:
         return facts

@@ -3,14 +3,15 @@
 import contextlib
 import json
 import os
+import re
 import time
 from pathlib import Path
 
 import click
 import numpy as np
 
-from mambacupy import generate_files
-from mambacupy.npy_files import FileError, Outputs
+from mambacupy import generate_files, streams
+from mambacupy.npy_files import FileError, Outputs, refuse_overwriting
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
@@ -39,9 +40,15 @@ class Job:
             raise FileError("--stop and --no-stop exclude each other")
         if given["pad"] is not None and given["tokens"] is None:
             raise FileError("--pad is for --tokens FILE")
-        self.output = None if given["output"] is None else Path(given["output"])
-        if self.output is not None and os.path.lexists(self.output) and not given["force"]:
-            raise FileError(f"{self.output}: exists; --force replaces it")
+        model, self.output = Path(given["model"]), given["output"]
+        if not os.path.isdir(model):
+            raise FileError(f"{model}: no such folder, wanted one with config.json and weights")
+        if self.output is not None:
+            read = [given[name] for name in ("tokens", "tokenizer") if given[name] is not None]
+            with _errors():
+                read += [path for path in model.iterdir() if path.suffix != ".npy"]
+            refuse_overwriting([self.output], read, "run")
+            Outputs(given["force"]).rehearse(self.output)
         self._read_prompt()
         self.stop = generate_files.stop_tokens(given["stop"], self.tokenizer)
         if len(self.prompt) > 1 and self.output is None and not given["as_json"]:
@@ -57,6 +64,10 @@ class Job:
         if given["tokens"] is not None:
             self.prompt, self.mask = generate_files.read_tokens(given["tokens"], given["pad"])
             return
+        try:
+            given["prompt"].encode()
+        except UnicodeEncodeError:  # bytes that this terminal's encoding has not
+            raise FileError("--prompt: is no text, but other bytes; wanted some text to go on from") from None
         self.prompt = np.array([self.tokenizer.encode(given["prompt"]).ids], np.int64)
         self.mask = np.ones(self.prompt.shape, bool)
         if not self.prompt.size:
@@ -68,8 +79,8 @@ class Job:
         with _errors():
             options = {"dtype": self.given["dtype"], "device": self.gpu}
             self.model, self.params = MambaLM.from_pretrained(self.given["model"], **options)
-        if not self.stop and not self.given["no_stop"]:
             ends = generate_files.end_tokens(self.given["model"])
+        if not self.stop and not self.given["no_stop"]:
             self.stop = [token for token in ends if token < self.model.config.vocab_size]
 
     # ------------------------------------------------------------------------------------------------ the run
@@ -77,13 +88,13 @@ class Job:
         """Generate, and write the output file. Returns the exit code: 0, or 130 after Ctrl-C."""
         from mambacupy.generation import generate
 
-        self.steps, self.texts = [], []
+        self.steps, self.texts, self.unheard = [], [], None
         self.streams = [generate_files.TextStream(self.tokenizer) for _ in self.prompt] if self.tokenizer else []
         self.interrupted, self.begin, self.first = False, time.perf_counter(), None
         options = {name: self.given[name] for name in SAMPLING}
         tokens, mask = self._on_device(self.prompt), None if self.mask.all() else self._on_device(self.mask)
         try:
-            with _errors():
+            with _errors(self.given["tokens"]):
                 generate(
                     self.model, self.params, tokens, self.given["max_new_tokens"], mask=mask, on_step=self._show,
                     stop=self.stop, pad=self.given["pad"], **options,
@@ -116,8 +127,13 @@ class Job:
     def _tell(self, text):
         if self.given["as_json"]:
             self.texts.append(text)
-        elif len(self.prompt) == 1 and text:
-            click.echo(text, nl=False)
+        elif len(self.prompt) == 1 and text and not self.unheard:
+            try:
+                click.echo(text, nl=False)
+            except OSError as error:  # of standard output: go on for the file's sake alone
+                self.unheard = error
+                if self.output is None:
+                    raise
 
     # ------------------------------------------------------------------------------------------------ the summary
     def report(self, place):
@@ -136,27 +152,34 @@ class Job:
                 "prompt_seconds": round(prompt_seconds, 6),
                 "seconds": round(seconds, 6),
                 "tokens_per_second": per_second and round(per_second, 3),
-                "outputs": [] if self.output is None else [str(self.output)],
+                "outputs": [] if self.output is None else [str(Path(self.output))],
             }
             click.echo(json.dumps(facts))
         elif not given["quiet"]:
             rows = f" in each of {len(self.prompt)} rows" if len(self.prompt) != 1 else ""
             rate = f", {per_second:.4g} tokens/s" if per_second else ""
             ended = "interrupted: " if self.interrupted else ""
-            click.echo(f"{ended}{steps} tokens{rows} after {self.mask.sum()} of prompt, on {place}{rate}", err=True)
+            streams.tell(f"{ended}{steps} tokens{rows} after {self.mask.sum()} of prompt, on {place}{rate}")
             if self.output is not None:
-                click.echo(f"wrote {click.format_filename(self.output)}", err=True)
+                streams.tell(f"wrote {click.format_filename(Path(self.output))}")
+        if self.unheard:
+            raise self.unheard
 
 
 @contextlib.contextmanager
-def _errors():
-    """The library's errors about what was given, as one line each."""
+def _errors(tokens=None):
+    """The library's errors about what was given, as one line each; `tokens` is the file of the argument of that name."""
     try:
         yield
-    except (TypeError, ValueError, FileNotFoundError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OSError) as error:
         if isinstance(error, RuntimeError) and type(error) is not RuntimeError:  # the GPU's own
             raise
         text = str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            text = f"{error.filename}: {error.strerror}"
+        elif isinstance(error, OSError) and not isinstance(error, FileNotFoundError):  # standard output's
+            raise
         for operation in ("generate: ", "Sampling: ", "load: "):
             text = text.removeprefix(operation)
-        raise FileError(text) from None
+        about_tokens = tokens is not None and re.match(r"(row \d+ of )?(tokens|mask)\b", text)
+        raise FileError(f"{tokens}: {text}" if about_tokens else text) from None

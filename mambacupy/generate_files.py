@@ -1,11 +1,11 @@
 """What `mambacupy generate` reads beside the weights: tokenizer, prompt, stop tokens; and text out of tokens as they come."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 
-from mambacupy.npy_files import FileError, open_array
+from mambacupy.npy_files import FileError, open_array, refuse_no_file
+from mambacupy.stored_tensors import read_json
 
 MOST_HELD = 8
 """Tokens that are held back at most: a character has four bytes."""
@@ -23,14 +23,20 @@ def read_tokenizer(path):
         There is no such file, it is none, or the package `tokenizers` is not installed.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileError(f"{path}: no such file; --tokenizer FILE names one, --tokens FILE takes numbers instead of text")
+    try:
+        refuse_no_file(path, "a tokenizer.json")
+        content = path.read_bytes()
+    except FileNotFoundError:
+        hint = "--tokenizer FILE names one, --tokens FILE takes numbers instead of text"
+        raise FileError(f"{path}: no such file; {hint}") from None
+    except OSError as error:
+        raise FileError(f"{path}: {error.strerror}") from None
     try:
         from tokenizers import Tokenizer
     except ImportError:
         raise FileError(f"{path}: {MISSING}") from None
     try:
-        return Tokenizer.from_file(str(path))
+        return Tokenizer.from_buffer(content)
     except Exception as error:  # tokenizers raises nothing narrower
         raise FileError(f"{path}: not a tokenizer.json ({error})") from None
 
@@ -64,14 +70,15 @@ def read_tokens(path, pad=None):
 
 
 def end_tokens(folder):
-    """The end-of-text tokens that a checkpoint's `generation_config.json` or `config.json` names: a list, empty if none."""
-    for name in ("generation_config.json", "config.json"):
-        path = Path(folder, name)
-        try:
-            found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        except (OSError, ValueError) as error:
-            raise FileError(f"{path}: cannot be read ({error})") from None
-        found = found.get("eos_token_id") if isinstance(found, dict) else None
+    """The end-of-text tokens that a checkpoint's `generation_config.json` or `config.json` names: a list, empty if none.
+
+    Raises
+    ------
+    ValueError, OSError
+        As `mambacupy.stored_tensors.read_json` raises them.
+    """
+    for path in (Path(folder, "generation_config.json"), Path(folder, "config.json")):
+        found = read_json(path).get("eos_token_id") if path.exists() else None
         tokens = found if isinstance(found, list) else [found]
         if tokens and all(type(token) is int and token >= 0 for token in tokens):
             return tokens

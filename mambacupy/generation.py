@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mambacupy import arrays
-from mambacupy.models.mamba import MambaLM
+from mambacupy.models.mamba import MambaLM, check_tokens
 from mambacupy.sampling import Sampling, choose
 
 __all__ = ["Generated", "generate", "pad_prompts"]
@@ -163,17 +163,7 @@ def _check_prompt(model, params, tokens, mask):
     """The array library; tokens and mask on the host."""
     if not isinstance(model, MambaLM):
         raise TypeError(f"generate: model is of type {type(model).__qualname__}, wanted a MambaLM")
-    weight = model._check_params(params)
-    xp = arrays.namespace("generate", tokens=tokens, mask=mask, **{"params['embedding']['weight']": weight})
-    if tokens.dtype.kind not in "iu":
-        raise TypeError(f"generate: tokens is {arrays.dtype_name(tokens.dtype)}, wanted integers")
-    if tokens.ndim != 2:
-        hint = "; a single row is tokens[None]" if tokens.ndim == 1 else ""
-        raise ValueError(f"generate: tokens has shape {tokens.shape}, wanted (batch, length){hint}")
-    if mask is not None and mask.dtype != bool:
-        raise TypeError(f"generate: mask is {arrays.dtype_name(mask.dtype)}, wanted bool; write mask.astype(bool)")
-    if mask is not None and mask.shape != tokens.shape:
-        raise ValueError(f"generate: mask has shape {mask.shape}, wanted {tokens.shape}, the shape of tokens")
+    xp = check_tokens("generate", tokens, mask, model._check_params(params))
     host = tokens if xp is np else tokens.get()
     there = np.ones(host.shape, bool) if mask is None else mask if xp is np else mask.get()
     empty = np.flatnonzero(~there.any(axis=1))

@@ -42,7 +42,7 @@ def blocks_of_time(u, block_length, reverse):
     So the states that the backward pass starts from are those of a scan in one piece.
     """
     block_length = block_length or scan_files.default_block_length(u)
-    return scan_files.blocks_of_time(u.shape[2], -(-block_length // CHUNK) * CHUNK, reverse)
+    return list(scan_files.blocks_of_time(u.shape[2], -(-block_length // CHUNK) * CHUNK, reverse))
 
 
 def grad_blocks(arguments, options, blocks, grads, states, device=None):

@@ -3,6 +3,11 @@
 import contextlib
 import math
 import os
+import secrets
+import signal
+import stat
+import threading
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -11,6 +16,17 @@ import numpy as np
 from mambacupy.arrays import BFLOAT16
 
 _HOW_NUMPY_STORES_BFLOAT16 = np.dtype("V2")
+_NO_FILES = {
+    stat.S_IFDIR: "folder",
+    stat.S_IFIFO: "pipe",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "device",
+    stat.S_IFBLK: "device",
+}
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+MOST_BYTES = 2**62
+"""Beyond, neither NumPy nor operating systems count. An array without elements has the size that its other axes give it."""
+_TARGET = "the name of a file to write"
 
 
 class FileError(Exception):
@@ -29,8 +45,8 @@ def open_array(path):
         It does not exist, is no `.npy` file, is cut short, or holds pickled objects.
     """
     path = Path(path)
-    with _errors_of(path, "a .npy file"), open(path, "rb") as file:
-        return _map(path, file, 0, path.stat().st_size)
+    with _opened(path, "a .npy file") as file:
+        return _map(path, file, 0, os.fstat(file.fileno()).st_size)
 
 
 def open_npz(path, wanted=None):
@@ -39,13 +55,15 @@ def open_npz(path, wanted=None):
     Where `wanted` names some, the others are not read, and None stands in their place.
     """
     path = Path(path)
-    with _errors_of(path, "an .npz file"), zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+    with _opened(path, "an .npz file") as file, zipfile.ZipFile(file) as archive:
         found = {}
         for member in archive.infolist():
             name = member.filename.removesuffix(".npy")
             if member.filename == name:
                 continue
             label = f"{path}:{member.filename}"
+            if name in found:
+                raise FileError(f"{label}: is there twice, wanted one array of that name")
             with _errors_of(label, "a .npy file"):
                 if wanted is not None and name not in wanted:
                     found[name] = None
@@ -59,6 +77,23 @@ def open_npz(path, wanted=None):
 
 
 @contextlib.contextmanager
+def _opened(path, kind):
+    """An open file that can be mapped: a pipe would be waited for, and a device has no end."""
+    with _errors_of(path, kind):
+        refuse_no_file(path, kind)
+        with open(path, "rb") as file:
+            yield file
+
+
+def refuse_no_file(path, wanted):
+    """Raise a FileError if something is at `path` that is no regular file."""
+    with contextlib.suppress(FileNotFoundError):
+        kind = _NO_FILES.get(stat.S_IFMT(os.stat(path).st_mode))
+        if kind:
+            raise FileError(f"{path}: is a {kind}, wanted {wanted}")
+
+
+@contextlib.contextmanager
 def _errors_of(label, kind):
     """Give as a FileError what the parsers of NumPy and zipfile raise on bytes that are not theirs: nearly anything."""
     try:
@@ -68,7 +103,7 @@ def _errors_of(label, kind):
     except OSError as error:
         raise FileError(f"{label}: {error.strerror or error}") from None
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise FileError(f"{label}: not {kind} ({reason})") from None
 
 
@@ -82,7 +117,12 @@ def _data_offset(file, member):
 def _header(label, stream):
     version = np.lib.format.read_magic(stream)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran_order, dtype = read(stream)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of headers that Python 2 wrote
+            shape, fortran_order, dtype = read(stream)
+    except MemoryError:  # which Python's parser raises
+        raise ValueError("its header is nested too deeply") from None
     if not all(type(size) is int and size >= 0 for size in shape) or dtype.itemsize == 0:
         raise ValueError(f"its header says {shape} {dtype}")
     if dtype.hasobject:
@@ -113,6 +153,25 @@ def _load(label, stream):
 
 def _known(x):
     return x.view(BFLOAT16) if x.dtype == _HOW_NUMPY_STORES_BFLOAT16 else x
+
+
+def refuse_overwriting(targets, inputs, what):
+    """Raise a FileError if one of the files to be written is among those that are read, or is named twice.
+
+    Parameters
+    ----------
+    targets, inputs : iterables of path
+    what : str
+        Of what they are inputs, as the message says it.
+    """
+    used, seen = {os.path.realpath(path) for path in inputs}, set()
+    for target in targets:
+        real = os.path.realpath(target)
+        if real in used:
+            raise FileError(f"{target}: is an input of this {what}; write elsewhere")
+        if real in seen:
+            raise FileError(f"{target}: named for two outputs; each needs a file of its own")
+        seen.add(real)
 
 
 class Outputs:
@@ -155,14 +214,21 @@ class Outputs:
         FileError
             The target exists and `force` is not set, its folder does not, or the disk has no room for it.
         """
-        path = Path(path)
+        named, path = os.fspath(path), Path(path)
         with _nothing_written(path):
-            _refuse_folder(path)
-            if path.exists() and not path.is_file():
-                raise FileError(f"{path}: is a device or pipe, wanted the name of a file to write")
+            refuse_no_file(path, _TARGET)
+            if os.path.basename(named) in ("", os.curdir, os.pardir):  # which Path drops
+                raise FileError(f"{named}: names a folder, wanted {_TARGET}")
             if os.path.lexists(path) and not self.force:
                 raise FileError(f"{path}: exists; --force replaces it")
             return self._allocate(path, path, shape, dtype)
+
+    def rehearse(self, path):
+        """Raise what `create` would raise, before the work is done and the shape is known. Nothing is left of it."""
+        try:
+            self.create(path, (), np.uint8)
+        finally:
+            self._discard()
 
     def scratch(self, path, shape, dtype):
         """A writable array in a file that is gone when the block ends, named after `path`.
@@ -178,9 +244,11 @@ class Outputs:
 
     def _allocate(self, path, target, shape, dtype):
         stored = _HOW_NUMPY_STORES_BFLOAT16 if dtype == BFLOAT16 else np.dtype(dtype)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+        if math.prod(max(n, 1) for n in shape) * stored.itemsize > MOST_BYTES:
+            raise FileError(f"{path}: {tuple(shape)} {dtype} is more than any file holds; nothing was written")
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
         self._files.append([None, temporary, target])
-        with open(temporary, "wb+") as file:
+        with open(temporary, "xb+") as file:  # never through a link that waits under this name
             header = {
                 "descr": np.lib.format.dtype_to_descr(stored),
                 "fortran_order": False,
@@ -212,24 +280,41 @@ class Outputs:
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
         begun = []
-        try:
-            for _, temporary, path in files:
-                begun.append((temporary, path))
-                _rename(temporary, path, self.force)
-        except BaseException:  # another output could not follow, or was not to
-            for temporary, path in reversed(begun):
-                _take_back(temporary, path)
-            raise
-        for temporary, _ in begun:
-            _remove(_replaced(temporary))
+        with _undisturbed():
+            try:
+                for _, temporary, path in files:
+                    begun.append((temporary, path))
+                    _rename(temporary, path, self.force)
+            except BaseException:  # another output could not follow, or was not to
+                for temporary, path in reversed(begun):
+                    _take_back(temporary, path)
+                raise
+            for temporary, _ in begun:
+                _remove(_replaced(temporary))
 
     def _discard(self):
-        for _, temporary, _ in self._files:
-            _remove(temporary)
-        for folder in reversed(self._folders):
-            with contextlib.suppress(OSError):  # outputs lie in it
-                folder.rmdir()
-        self._files, self._folders = [], []
+        with _undisturbed():
+            for _, temporary, _ in self._files:
+                _remove(temporary)
+            for folder in reversed(self._folders):
+                with contextlib.suppress(OSError):  # outputs lie in it
+                    folder.rmdir()
+            self._files, self._folders = [], []
+
+
+@contextlib.contextmanager
+def _undisturbed():
+    """For what takes a moment and must not be left half done: Ctrl-C and its like come too late, or once more than needed."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # no other may say what signals do
+        for number in _SIGNALS:
+            before[number] = signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:  # Python can put back
+                signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -239,11 +324,6 @@ def _nothing_written(path):
         yield
     except OSError as error:
         raise FileError(f"{path}: {error.strerror or error}; nothing was written") from None
-
-
-def _refuse_folder(path):
-    if path.is_dir():
-        raise FileError(f"{path}: is a folder, wanted the name of a file to write")
 
 
 def _reserve(descriptor, size):
@@ -260,7 +340,7 @@ def _reserve(descriptor, size):
 def _rename(temporary, path, force):
     """Give a complete file its name; without `force` a file that has appeared there meanwhile is kept."""
     if force:
-        _refuse_folder(path)
+        refuse_no_file(path, _TARGET)
         if os.path.lexists(path):
             try:
                 os.link(path, _replaced(temporary), follow_symlinks=False)
@@ -268,11 +348,14 @@ def _rename(temporary, path, force):
                 os.rename(path, _replaced(temporary))
         os.replace(temporary, path)
         return
+    appeared = FileError(f"{path}: appeared while it was computed; --force replaces it")
     try:
         os.link(temporary, path)
     except FileExistsError:
-        raise FileError(f"{path}: appeared while it was computed; --force replaces it") from None
+        raise appeared from None
     except OSError:  # a file system without hard links
+        if os.path.lexists(path):
+            raise appeared from None
         os.replace(temporary, path)
 
 

@@ -41,7 +41,7 @@ class Sampling:
     Parameters
     ----------
     temperature : float
-        0 takes the largest logit; above, a token is drawn from the probabilities of logits / temperature.
+        0 takes the largest logit; above, from 1e-20, a token is drawn from the probabilities of logits / temperature.
     top_k : int or None
         Draw from the k most probable tokens only.
     top_p : float or None
@@ -49,7 +49,7 @@ class Sampling:
     min_p : float or None
         Draw from tokens that are at least this many times as probable as the most probable one, from 0 to 1.
     repetition_penalty : float
-        Above 1, tokens that have occurred become less probable; below 1, more. Also with temperature 0.
+        Above 1, tokens that have occurred become less probable; below 1, more; from 1e-10 to 1e10. Also with temperature 0.
 
     Raises
     ------
@@ -64,8 +64,13 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self):
-        _check_number("temperature", self.temperature, "a finite number, 0 (greedy) or above", lambda x: x >= 0)
-        _check_number("repetition_penalty", self.repetition_penalty, "a finite number above 0", lambda x: x > 0)
+        # Bounds within which float32 logits stay finite.
+        _check_number(
+            "temperature", self.temperature, "a finite number, 0 (greedy) or from 1e-20", lambda x: x == 0 or x >= 1e-20
+        )
+        _check_number(
+            "repetition_penalty", self.repetition_penalty, "a number from 1e-10 to 1e10", lambda x: 1e-10 <= x <= 1e10
+        )
         if self.top_p is not None:
             _check_number("top_p", self.top_p, "a number above 0 and up to 1, or None", lambda x: 0 < x <= 1)
         if self.min_p is not None:

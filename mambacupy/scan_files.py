@@ -62,7 +62,7 @@ def read_inputs(source, overrides, kind=SCAN):
     if source is not None:
         source = Path(source)
         if os.path.isdir(source):
-            found = {path.stem: path for path in sorted(source.glob("*.npy"))}
+            found = {name.removesuffix(".npy"): source / name for name in _listed(source) if name.endswith(".npy")}
             for name in kind.names:
                 if name in found and name not in overrides:
                     arrays[name], files[name] = open_array(found[name]), str(found[name])
@@ -84,6 +84,13 @@ def read_inputs(source, overrides, kind=SCAN):
     return {name: arrays.get(name) for name in kind.names}, files, ignored
 
 
+def _listed(folder):
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise FileError(f"{folder}: {error.strerror}") from None
+
+
 def check(arguments, options):
     """Pass the arguments through the gate without reading them.
 
@@ -103,9 +110,9 @@ def default_block_length(u):
 
 
 def blocks_of_time(length, block_length, reverse):
-    """Slices of memory's time, in the order in which they are walked."""
-    blocks = [slice(t, min(t + block_length, length)) for t in range(0, length, block_length)]
-    return blocks[::-1] if reverse else blocks
+    """Slices of memory's time, one by one in the order in which they are walked."""
+    starts = range(0, length, block_length)
+    return (slice(t, min(t + block_length, length)) for t in (reversed(starts) if reverse else starts))
 
 
 def varies(name, x):

@@ -7,44 +7,40 @@ import os
 import pty
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import termios
-import time
 import types
-from pathlib import Path
 
 import cases
+import command
 import numpy as np
 import pytest
+from command import (
+    BAD_STREAMS,
+    OPTIONS,
+    ROOT,
+    SIGNALS,
+    change,
+    check_interruption,
+    command_options,
+    files_in,
+    forbid,
+    refused,
+    same,
+    save,
+    shell,
+    shown_on_terminal,
+    start,
+    wait_for,
+    write,
+)
 
-from mambacupy import cli, environment, scan_files, selective_scan
+from mambacupy import environment, scan_files, selective_scan
 from mambacupy.npy_files import open_array
 
-ROOT = Path(__file__).parent.parent
-OPTIONS = ("--softplus",)
-"""The base case's options, as the command line spells them."""
-
-
-@pytest.fixture(autouse=True)
-def handlers_of_signals():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture
-def run(capsys):
-    """Function that runs `mambacupy` in this process. An exception that the command line lets through fails the test."""
-
-    def call(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main([str(argument) for argument in arguments])
-        return types.SimpleNamespace(code=stop.value.code, **capsys.readouterr()._asdict())
-
-    return call
+run = command.run
 
 
 @pytest.fixture
@@ -53,33 +49,6 @@ def base(tmp_path):
     arguments, _ = cases.make()
     save(tmp_path / "in", arguments)
     return arguments, tmp_path / "in"
-
-
-def save(folder, arguments, how=None):
-    """Write arguments as a folder of files, or with numpy.savez or numpy.savez_compressed as one file."""
-    arguments = {name: x for name, x in arguments.items() if x is not None}
-    folder.mkdir()
-    if how is not None:
-        how(folder / "inputs.npz", **arguments)
-        return folder / "inputs.npz"
-    for name, x in arguments.items():
-        np.save(folder / f"{name}.npy", x)
-    return folder
-
-
-def command_options(options):
-    found = ["--discretization", options["discretization"]]
-    return found + ["--softplus"] * options["delta_softplus"] + ["--reverse"] * options["reverse"]
-
-
-def same(got, wanted):
-    return (got.shape, got.dtype, got.tobytes()) == (wanted.shape, wanted.dtype, wanted.tobytes())
-
-
-def files_in(folder):
-    """Every file below a folder with its content: what a run that failed must leave as it was."""
-    found = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
 # ---------------------------------------------------------------------------------------------------- results
@@ -108,6 +77,12 @@ def test_blocks_are_as_long_as_asked(base, tmp_path, run, monkeypatch):
     monkeypatch.setattr(scan_files, "selective_scan", lambda u, **rest: lengths.append(u.shape[2]) or selective_scan(u, **rest))
     run("scan", base[1], "-o", tmp_path / "y.npy", "--block-length", 32)
     assert lengths == [32, 32, 6]
+
+
+def test_blocks_are_not_listed_beforehand():
+    """There may be as many as steps."""
+    blocks = scan_files.blocks_of_time(10**15, 1, False)
+    assert (next(blocks), next(blocks)) == (slice(0, 1), slice(1, 2))
 
 
 @pytest.mark.parametrize("changes", [{}, {"complex": True}, {"dtype": "bfloat16", "B": 3}], ids=["real", "complex", "bfloat16"])
@@ -171,29 +146,25 @@ def test_arrays_without_elements(tmp_path, run, changes, how):
 
 
 # ---------------------------------------------------------------------------------------------------- bad input
-def change(name, how):
-    """Damage: put how(array) in a file's place."""
-    return lambda folder: np.save(folder / f"{name}.npy", how(np.load(folder / f"{name}.npy")))
-
-
-def write(name, content):
-    """Damage: replace the file `name` by bytes, or by some of its own."""
-
-    def damage(folder):
-        (folder / name).write_bytes(content if isinstance(content, bytes) else (folder / name).read_bytes()[content])
-
-    return damage
-
-
 def folder_instead(folder):
     (folder / "u.npy").unlink()
     (folder / "u.npy").mkdir()
 
 
-def forbid(path, mode=0):
-    path.chmod(mode)
-    if os.access(path, os.W_OK):
-        pytest.skip("nothing is forbidden to this user")
+def pipe_instead(name):
+    """Damage: a pipe to which nobody writes, at which a reader would wait."""
+
+    def damage(folder):
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+
+    return damage
+
+
+def socket_instead(folder):
+    (folder / "u.npy").unlink()
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(os.path.relpath(folder / "u.npy"))  # the names of sockets are short
 
 
 def zipped(content):
@@ -221,7 +192,11 @@ BAD = {  # damage to the folder of inputs, which may name others; words of the o
     "pickled": (change("u", lambda u: np.array([{}])), ["in/u.npy: holds pickled Python objects", "wanted numbers"]),
     "header-of-impossible-size": (write("u.npy", HEADER % b"4294967296, 4294967296"), ["in/u.npy: cut short: 0 bytes"]),
     "header-negative": (write("u.npy", HEADER % b"-1, 2147483648, 214748"), ["in/u.npy: not a .npy file", "(-1, "]),
-    "folder-as-file": (folder_instead, ["in/u.npy: Is a directory"]),
+    "folder-as-file": (folder_instead, ["in/u.npy: is a folder, wanted a .npy file"]),
+    "pipe": (pipe_instead("u.npy"), ["in/u.npy: is a pipe, wanted a .npy file"]),
+    "pipe-of-arrays": (lambda folder: pipe_instead("x.npz")(folder) or folder / "x.npz", ["x.npz: is a pipe, wanted an .npz"]),
+    "device": (lambda folder: "/dev/zero", ["/dev/zero: is a device, wanted an .npz file"]),
+    "socket": (socket_instead, ["in/u.npy: is a socket, wanted a .npy file"]),
     "unreadable": (lambda folder: forbid(folder / "u.npy"), ["in/u.npy: Permission denied"]),
     "wrong-shape": (change("B", lambda B: B[..., :-1]), ["in/B.npy: B has shape (2, 16, 69)", "state=16, length=70)"]),
     "wrong-axes": (change("z", lambda z: z.swapaxes(1, 2)), ["in/z.npy: z has shape (2, 70, 24)", "write z.swapaxes(-1, -2)"]),
@@ -241,15 +216,6 @@ BAD = {  # damage to the folder of inputs, which may name others; words of the o
 }  # fmt: skip
 
 
-def refused(done, words):
-    """Whether a run ended with exit code 2 and one line on stderr that has all the words."""
-    assert done.code == 2
-    assert done.out == ""
-    assert len(done.err.splitlines()) == 1 and done.err.endswith("\n"), done.err
-    assert done.err.startswith("mambacupy: ") and all(word in done.err for word in words), done.err
-    return True
-
-
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_told_in_one_line(base, tmp_path, run, case):
     damage, words = BAD[case]
@@ -263,12 +229,16 @@ def test_bad_input_is_told_in_one_line(base, tmp_path, run, case):
 USES = {  # command line, where {} is the folder of the test; words of the one line
     "no-inputs": ("-o {}/y.npy", ["no u.npy, delta.npy, A.npy, B.npy, C.npy", "--u FILE"]),
     "no-output": ("{}/in", ["--output"]),
-    "no-such-option": ("{}/in -o {}/y.npy --fast", ["--fast"]),
+    "no-such-option": ("{}/in -o {}/y.npy --fast", ["--fast", "; see "]),
+    "one-too-many": ("{}/in {}/in -o {}/y.npy", ["extra argument", "in); see ", " scan --help"]),
     "discretization": ("{}/in -o {}/y.npy --discretization tustin", ["'tustin'", "euler", "zoh"]),
     "block-length": ("{}/in -o {}/y.npy --block-length 0", ["--block-length", "0"]),
     "output-exists": ("{}/in -o {}/there.npy", ["there.npy: exists; --force replaces it"]),
     "last-state-exists": ("{}/in -o {}/y.npy --last-state {}/there.npy", ["there.npy: exists; --force replaces it"]),
     "output-is-a-folder": ("{}/in -o {}/sub --force", ["sub: is a folder"]),
+    "output-names-a-folder": ("{}/in -o {}/y/", ["y/: names a folder, wanted the name of a file to write"]),
+    "output-names-this-folder": ("{}/in -o {}/y/. --force", ["y/.: names a folder, wanted"]),
+    "last-state-names-a-folder": ("{}/in -o {}/y.npy --last-state {}/h/", ["h/: names a folder, wanted"]),
     "output-is-the-root": ("{}/in -o / --force", ["/: is a folder"]),
     "output-is-the-inputs": ("{}/in -o {}/in --force", ["in: is an input"]),
     "no-folder-for-output": ("{}/in -o {}/no/y.npy", ["no/y.npy: No such file or directory; nothing was written"]),
@@ -307,6 +277,14 @@ def test_folder_that_must_not_be_written(base, tmp_path, run):
     assert refused(
         run("scan", base[1], "-o", tmp_path / "sub" / "y.npy"), ["sub/y.npy: Permission denied; nothing was written"]
     )
+
+
+def test_folder_that_must_not_be_listed(base, tmp_path, run):
+    forbid(base[1], 0o100)
+    try:
+        assert refused(run("scan", base[1], "-o", tmp_path / "y.npy"), ["in: Permission denied"])
+    finally:
+        base[1].chmod(0o700)
 
 
 def test_folder_that_must_not_be_entered(base, tmp_path, run):
@@ -352,10 +330,7 @@ def test_existing_outputs_are_replaced_with_force_only(base, tmp_path, run):
     assert sorted(os.listdir(tmp_path)) == ["in", "y.npy"]
 
 
-FAILURES = {
-    "memory": (MemoryError(), 2, "out of memory"),
-    "interrupt": (KeyboardInterrupt(), 130, "interrupted; nothing was written"),
-    "gpu": (type("OutOfMemoryError", (Exception,), {})("Out of memory\nallocating"), 2, "--device cpu may help"),
+FAILURES = command.FAILURES | {
     "disk": (OSError(errno.ENOSPC, "No space left on device"), 2, "y.npy: No space left on device; nothing was written"),
 }
 
@@ -383,33 +358,11 @@ def test_failure_midway_leaves_everything_as_it_was(base, tmp_path, run, monkeyp
     assert files_in(tmp_path) == before
 
 
-def start(*arguments, command="scan", hangup=signal.SIG_DFL, **options):
-    """`mambacupy scan` in a process of its own, whose signals are not those that a shell may have turned off."""
-    line = [sys.executable, "-m", "mambacupy.cli", command, *map(str, arguments)]
-
-    def turn_on():
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGHUP, hangup)
-
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "preexec_fn": turn_on} | options
-    return subprocess.Popen(line, cwd=ROOT, **options)
-
-
 @pytest.fixture
 def slow(tmp_path):
     """Inputs and options of a scan that takes several seconds."""
     arguments, _ = cases.make(batch=1, dim=2, state=1, length=200_000)
     return [save(tmp_path / "in", arguments), "--block-length", 1, "--device", "cpu"]
-
-
-def wait_for(condition, seconds=30):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
-SIGNALS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
 
 
 @pytest.mark.parametrize("name", SIGNALS)
@@ -418,23 +371,41 @@ def test_interruption_leaves_everything_as_it_was(slow, tmp_path, name, force):
     if force:
         (tmp_path / "y.npy").write_bytes(b"mine")
     before = files_in(tmp_path)
-    process = start(*slow, "-o", tmp_path / "y.npy", *["--force"] * force)
-    wait_for(lambda: list(tmp_path.glob(".*.part")) or process.poll() is not None)
-    time.sleep(0.1)
-    process.send_signal(getattr(signal, name))
-    out, err = process.communicate(timeout=30)
-    assert (process.returncode, out) == (SIGNALS[name], b"")
-    assert b"Traceback" not in err and len(err.splitlines()) <= 1
+    check_interruption(start("scan", *slow, "-o", tmp_path / "y.npy", *["--force"] * force), tmp_path, ".*.part", name)
     assert files_in(tmp_path) == before
 
 
-def test_nohup_is_respected(tmp_path):
+@pytest.mark.parametrize("words", [["cli.py"], ["-c", "from mambacupy_command import main; main()"]], ids=["file", "script"])
+def test_ctrl_c_while_python_imports(tmp_path, words):
+    """…even if what is imported would catch an exception."""
+    (tmp_path / "numpy.py").write_text(
+        "import time\nprint('importing', flush=True)\ntry:\n    time.sleep(60)\nexcept BaseException:\n    pass\n"
+    )
+    options = {"env": os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}, "cwd": ROOT, "stdout": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, *words], stderr=subprocess.PIPE, **options)
+    assert process.stdout.readline() == b"importing\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (130, b"", b"")
+
+
+def test_ctrl_c_where_nothing_is_written(run, monkeypatch):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(environment, "report", interrupt)
+    done = run("info")
+    assert (done.code, done.out, done.err.strip()) == (130, "", "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_what_nohup_and_scripts_ignore_is_ignored(tmp_path, number):
     arguments, _ = cases.make(batch=1, dim=2, state=1, length=10_000)
     folder = save(tmp_path / "in", arguments)
-    process = start(folder, "-o", tmp_path / "y.npy", "--block-length", 1, "--device", "cpu", hangup=signal.SIG_IGN)
+    process = start("scan", folder, "-o", tmp_path / "y.npy", "--block-length", 1, "--device", "cpu", ignored=[number])
     wait_for(lambda: list(tmp_path.glob(".*.part")) or process.poll() is not None)
     assert process.poll() is None
-    process.send_signal(signal.SIGHUP)
+    process.send_signal(number)
     process.communicate(timeout=30)
     assert process.returncode == 0
     assert same(open_array(tmp_path / "y.npy"), selective_scan(**arguments))
@@ -450,7 +421,7 @@ def test_a_terminal_that_is_closed_leaves_everything_as_it_was(slow, tmp_path):
         fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
 
     session = {"start_new_session": True, "preexec_fn": take_terminal}
-    process = start(*slow, "-o", tmp_path / "y.npy", stdout=theirs, stderr=theirs, **session)
+    process = start("scan", *slow, "-o", tmp_path / "y.npy", stdout=theirs, stderr=theirs, **session)
     os.close(theirs)
     try:
         wait_for(lambda: list(tmp_path.glob(".*.part")) or process.poll() is not None)
@@ -539,20 +510,38 @@ def test_quiet(base, tmp_path, run):
     assert (tmp_path / "y.npy").exists()
 
 
+@pytest.mark.parametrize("case", BAD_STREAMS)
+def test_a_bad_standard_output_is_told_and_files_are_whole(base, tmp_path, case):
+    redirection, told = BAD_STREAMS[case]
+    if "full" in redirection and not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    for i, options in enumerate(("--json", "--softplus")):
+        target = tmp_path / f"{i}.npy"
+        line = f"scan {shlex.quote(str(base[1]))} --softplus {options} -o {shlex.quote(str(target))}"
+        assert shell(line, redirection) == (1, told)
+        assert same(open_array(target), selective_scan(**base[0], delta_softplus=True))
+    for line in ("--help", "--version", "info"):
+        assert shell(line, redirection) == (1, told), line
+
+
+@pytest.mark.parametrize("redirection", ["2>/dev/full", "2>&-"])
+def test_a_bad_standard_error_changes_nothing_else(base, tmp_path, redirection):
+    if "full" in redirection and not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    folder, target = (shlex.quote(str(path)) for path in (base[1], tmp_path / "y.npy"))
+    assert shell(f"scan {folder} --softplus --quiet -o {target}", redirection) == (0, "")
+    assert same(open_array(tmp_path / "y.npy"), selective_scan(**base[0], delta_softplus=True))
+    assert shell(f"scan {folder} -o {target}", redirection) == (2, "")
+
+
+def test_text_that_standard_output_cannot_spell(base, tmp_path):
+    folder, target = (shlex.quote(str(path)) for path in (base[1], tmp_path / "数据.npy"))
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    assert shell(f"scan {folder} -o {target}", "", env=environment, stdout=subprocess.DEVNULL) == (0, "")
+
+
 @pytest.mark.parametrize("options, shown", [([], True), (["--quiet"], False), (["--json"], False)], ids=["", "quiet", "json"])
 def test_progress_is_shown_on_a_terminal_only(base, tmp_path, options, shown):
     """That it is not shown elsewhere, test_summary says."""
-    ours, theirs = pty.openpty()
-    process = start(base[1], "-o", tmp_path / "y.npy", "--block-length", 7, "--device", "cpu", *options, stderr=theirs)
-    os.close(theirs)
-    seen = b""
-    try:
-        while part := os.read(ours, 4096):
-            seen += part
-    except OSError:  # how Linux says that the other end is closed
-        pass
-    finally:
-        os.close(ours)
-    process.communicate(timeout=30)
-    assert process.returncode == 0
+    seen = shown_on_terminal("scan", base[1], "-o", tmp_path / "y.npy", "--block-length", 7, "--device", "cpu", *options)
     assert (b"scanning" in seen and b"100%" in seen) if shown else seen == b""

@@ -1,56 +1,35 @@
 """`mambacupy generate`: the tokens of the library, text as it comes, Ctrl-C that keeps what there is, and one-line errors."""
 
 import builtins
+import functools
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
-import sys
-import types
-from pathlib import Path
+import warnings
 
+import command
 import numpy as np
 import pytest
+import small_models
+from command import BAD_STREAMS, files_in, forbid, refused, shell, start
 
-from mambacupy import cli, environment, generate_files
+from mambacupy import environment, generate_files
 from mambacupy.generation import generate, pad_prompts
 from mambacupy.models import MambaConfig, MambaLM
 
-ROOT = Path(__file__).parent.parent
 tokenizers = pytest.importorskip("tokenizers", reason="these tests need the package tokenizers (the extra `test`)")
 
 
-@pytest.fixture(autouse=True)
-def handlers_of_signals():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+run_any = command.run
 
 
 @pytest.fixture
-def run(capsys):
+def run(run_any):
     """Function that runs `mambacupy generate` in this process."""
-
-    def call(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main(["generate", *map(str, arguments)])
-        return types.SimpleNamespace(code=stop.value.code, **capsys.readouterr()._asdict())
-
-    return call
-
-
-def make_tokenizer(path):
-    """Bytes, and an end of text: number 256."""
-    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = tokenizers.decoders.ByteLevel()
-    made.add_special_tokens(["<|endoftext|>"])
-    made.save(str(path))
-    return made
+    return functools.partial(run_any, "generate")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +40,7 @@ def folder(tmp_path_factory):
     params = model.init(np.random.default_rng(0))
     params["embedding"]["weight"] *= 20
     model.save_pretrained(params, path)
-    make_tokenizer(path / "tokenizer.json")
+    small_models.save_tokenizer(path / "tokenizer.json")
     return path
 
 
@@ -164,10 +143,8 @@ def test_words_whose_spaces_depend_on_their_neighbours():
 
 def test_interrupt_keeps_what_there_is(folder, tmp_path):
     """Ctrl-C of a real process, after it has shown some text."""
-    command = [sys.executable, "-u", "-m", "mambacupy.cli", "generate", str(folder), "--prompt", "the", "-n", "1000000",
-               "--no-stop", "--device", "cpu", "--temperature", "1", "-o", str(tmp_path / "t.npy")]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, cwd=tmp_path) as process:
+    line = [folder, "--prompt", "the", "-n", 1_000_000, "--no-stop", "--device", "cpu", "--temperature", 1]
+    with start("generate", *line, "-o", tmp_path / "t.npy") as process:
         assert len(process.stdout.read(20)) == 20
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=30)
@@ -176,6 +153,35 @@ def test_interrupt_keeps_what_there_is(folder, tmp_path):
     assert len(lines) == 2 and lines[0].startswith("interrupted: ") and lines[1].startswith("wrote ")
     made = np.load(tmp_path / "t.npy")
     assert made.shape[0] == 1 and lines[0].startswith(f"interrupted: {made.shape[1]} tokens after 3 of prompt")
+
+
+@pytest.mark.parametrize("case", BAD_STREAMS)
+def test_a_bad_standard_output_ends_what_only_it_wanted(folder, tmp_path, case):
+    """With -o FILE the run goes on, and the file is whole."""
+    redirection, told = BAD_STREAMS[case]
+    if "full" in redirection and not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    line = f"generate {shlex.quote(str(folder))} --prompt the --no-stop --device cpu --quiet"
+    assert shell(f"{line} -n 1000000", redirection) == (1, told)
+    for options in ("", "--json"):
+        assert shell(f"{line} -n 20 {options} -o {shlex.quote(str(tmp_path / 't.npy'))} --force", redirection) == (1, told)
+        assert np.array_equal(np.load(tmp_path / "t.npy"), expected(folder, "the", 20)[0])
+
+
+def test_text_that_standard_output_cannot_spell(folder):
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    line = f"generate {shlex.quote(str(folder))} --prompt the --no-stop --device cpu --quiet -n 30 --temperature 1.5 --seed 4"
+    assert max(expected(folder, "the", 30, temperature=1.5, seed=4)[1]) > "\xff"
+    assert shell(line, "", env=environment, stdout=subprocess.DEVNULL) == (0, "")
+
+
+@pytest.mark.parametrize("name", ["", "no/t.npy", "t/", "pipe"])
+def test_an_output_that_cannot_be_is_told_before_the_work(folder, run, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(MambaLM, "from_pretrained", lambda *_, **__: pytest.fail("known only when the model is read"))
+    os.mkfifo(tmp_path / "pipe")
+    done = run(folder, "--prompt", "the", "-o", f"{tmp_path}/{name}", "--force")
+    assert refused(done, [f"mambacupy: {os.path.normpath(tmp_path / name)}"])
+    assert os.listdir(tmp_path) == ["pipe"]
 
 
 REFUSED = {
@@ -192,7 +198,24 @@ REFUSED = {
     "stop-both": ("{model} --prompt a --stop 1 --no-stop", "--stop and --no-stop exclude each other"),
     "exists": ("{model} --prompt a -o {tmp}/t.npy", "t.npy: exists; --force replaces it"),
     "rows": ("{model} --tokens {tmp}/t.npy", "t.npy: has 2 rows, whose tokens need -o FILE or --json"),
-    "range": ("{model} --tokens {tmp}/far.npy", "tokens[0, 1] is 257, wanted 0 to 256"),
+    "range": ("{model} --tokens {tmp}/far.npy", "far.npy: tokens[0, 1] is 257, wanted 0 to 256"),
+    "no-tokens": ("{model} --tokens {tmp}/none.npy", "none.npy: row 0 of tokens has no token, wanted at least one"),
+    "all-padding": ("{model} --tokens {tmp}/t.npy --pad 1 -o {tmp}/o.npy", "t.npy: row 0 of mask has no token"),
+    "no-such-model": ("{tmp}/no --prompt a", "no: no such folder, wanted one with config.json and weights"),
+    "model-name-too-long": (f"{'x' * 5000} --prompt a", "xxx: no such folder, wanted one with config.json"),
+    "model-is-a-file": ("{tmp}/t.npy --prompt a", "t.npy: no such folder, wanted one with config.json"),
+    "tokenizer-is-a-folder": ("{model} --prompt a --tokenizer {tmp}", ": is a folder, wanted a tokenizer.json"),
+    "tokenizer-is-a-pipe": ("{model} --prompt a --tokenizer {tmp}/pipe", "pipe: is a pipe, wanted a tokenizer.json"),
+    "config-is-a-pipe": ("{tmp}/pipes --tokens {tmp}/t.npy -o {tmp}/o.npy", "pipes/config.json: is no regular file"),
+    "not-text": ("{model} --prompt a\udcff", "--prompt: is no text, but other bytes"),
+    "cold": (
+        "{model} --prompt a --temperature 1e-300",
+        "temperature is 1e-300, wanted a finite number, 0 (greedy) or from 1e-20",
+    ),
+    "end-of-text": ("{tmp}/nested --prompt a", "nested/generation_config.json: not a JSON object (nested too deeply)"),
+    "tokens-as-output": ("{model} --tokens {tmp}/t.npy -o {tmp}/t.npy --force", "t.npy: is an input of this run; write"),
+    "weights-as-output": ("{model} --prompt a -o {model}/model.safetensors --force", "model.safetensors: is an input of"),
+    "tokenizer-as-output": ("{model} --prompt a -o {model}/../bytes/tokenizer.json --force", "tokenizer.json: is an input of"),
     "floats": ("{model} --tokens {tmp}/floats.npy", "floats.npy: float64 (3,), wanted integers (length,) or (batch, length)"),
     "pad": ("{model} --prompt a --pad 0", "--pad is for --tokens FILE"),
     "count": ("{model} --prompt a -n -1", "'-n'"),
@@ -205,12 +228,49 @@ def test_refuses_in_one_line(folder, run, tmp_path, row):
     np.save(tmp_path / "t.npy", np.ones((2, 3), int))
     np.save(tmp_path / "far.npy", np.array([1, 257]))
     np.save(tmp_path / "floats.npy", np.ones(3))
+    np.save(tmp_path / "none.npy", np.ones((1, 0), int))
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "pipes").mkdir()
+    os.mkfifo(tmp_path / "pipes" / "config.json")
+    shutil.copytree(folder, tmp_path / "nested")
+    (tmp_path / "nested" / "generation_config.json").write_text("[" * 100_000)
     words, message = REFUSED[row]
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    before = files_in(tmp_path) | files_in(folder)
     done = run(*shlex.split(words.format(model=folder, tmp=tmp_path)))
-    assert done.code == 2 and done.out == ""
-    assert len(done.err.splitlines()) == 1 and done.err.startswith("mambacupy: ") and message in done.err
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert refused(done, [message])
+    assert files_in(tmp_path) | files_in(folder) == before
+
+
+@pytest.mark.parametrize("name", ["", "config.json", "model.safetensors", "tokenizer.json", "generation_config.json"])
+def test_what_must_not_be_read_is_told(folder, run, tmp_path, name):
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text("{}")
+    forbid(tmp_path / "model" / name)
+    try:
+        done = run(tmp_path / "model", "--prompt", "a", "-n", 1, "--device", "cpu")
+    finally:
+        (tmp_path / "model").chmod(0o700)
+    assert refused(done, [f"model/{name or 'tokenizer.json'}: Permission denied"])
+
+
+def test_weights_that_overflow_do_so_without_a_word(folder, run, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    model, params = MambaLM.from_pretrained(folder)
+    params["norm_f"]["weight"] = np.full_like(params["norm_f"]["weight"], 3e38)
+    model.save_pretrained(params, tmp_path / "model", force=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for dtype in ("float32", "float16"):
+            done = run(tmp_path / "model", "--prompt", "a", "-n", 2, "--device", "cpu", "--quiet", "--dtype", dtype)
+            assert (done.code, done.err) == (0, "")
+
+
+def test_an_array_in_the_models_folder_may_be_replaced(folder, run, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    for _ in range(2):
+        line = ["--prompt", "a", "-n", 2, "-o", tmp_path / "model" / "t.npy", "--force", "--device", "cpu"]
+        assert run(tmp_path / "model", *line).code == 0
+    assert np.load(tmp_path / "model" / "t.npy").shape == (1, 2)
 
 
 def test_a_missing_package_is_named_with_its_remedy(folder, run, monkeypatch):
@@ -223,7 +283,7 @@ def test_a_missing_package_is_named_with_its_remedy(folder, run, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     done = run(folder, "--prompt", "a")
-    assert done.code == 2 and done.err.endswith('the package tokenizers is not installed: pip install "mambacupy[models]"\n')
+    assert refused(done, ['the package tokenizers is not installed: pip install "mambacupy[models]"\n'])
 
 
 def test_a_missing_gpu_is_explained(folder, run, monkeypatch):

@@ -3,21 +3,32 @@
 import errno
 import json
 import os
-import pty
 import shlex
-import signal
-import time
 
 import cases
+import command
 import numpy as np
 import pytest
-import test_cli
-from test_cli import OPTIONS, SIGNALS, change, command_options, files_in, forbid, refused, same, save, start, wait_for, write
+from command import (
+    OPTIONS,
+    SIGNALS,
+    change,
+    check_interruption,
+    command_options,
+    files_in,
+    forbid,
+    refused,
+    same,
+    save,
+    shown_on_terminal,
+    start,
+    write,
+)
 
 from mambacupy import grad_files, npy_files, selective_scan_bwd, selective_scan_fwd
 from mambacupy.npy_files import open_array
 
-handlers_of_signals, run = test_cli.handlers_of_signals, test_cli.run
+run = command.run
 
 PER_STEP = ("u", "delta", "z", "initial_state")
 """Gradients that are no sums over time: the same to the last bit. So are those of varying B and C."""
@@ -323,10 +334,7 @@ def test_gradients_may_lie_beside_the_inputs(base, tmp_path, run):
     assert len(after) == len(before) + 9
 
 
-FAILURES = {
-    "memory": (MemoryError(), 2, "out of memory"),
-    "interrupt": (KeyboardInterrupt(), 130, "interrupted; nothing was written"),
-    "gpu": (type("OutOfMemoryError", (Exception,), {})("Out of memory\nallocating"), 2, "--device cpu may help"),
+FAILURES = command.FAILURES | {
     "disk": (OSError(errno.ENOSPC, "No space left on device"), 2, "out/dA.npy: No space left on device; nothing was written"),
     "disk-states": (OSError(errno.ENOSPC, "No space left on device"), 2, "out/states: No space left on device; nothing"),
     "name": (OSError(errno.EIO, "Input/output error", "dA.npy"), 2, "dA.npy: Input/output error"),
@@ -376,13 +384,7 @@ def test_interruption_leaves_everything_as_it_was(tmp_path, name, exists):
         (out / "du.npy").write_bytes(b"mine")
     before, paths = files_in(tmp_path), set(tmp_path.rglob("*"))
     line = [folder, "-o", out, "--block-length", 64, "--device", "cpu", *["--force"] * exists]
-    process = start(*line, command="grad")
-    wait_for(lambda: list(out.glob(".states.*.part")) or process.poll() is not None)
-    time.sleep(0.1)
-    process.send_signal(getattr(signal, name))
-    stdout, stderr = process.communicate(timeout=30)
-    assert (process.returncode, stdout) == (SIGNALS[name], b"")
-    assert b"Traceback" not in stderr and len(stderr.splitlines()) <= 1
+    check_interruption(start("grad", *line), out, ".states.*.part", name)
     assert (files_in(tmp_path), set(tmp_path.rglob("*"))) == (before, paths)
 
 
@@ -427,18 +429,6 @@ def test_progress_counts_both_passes(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("options, shown", [([], True), (["--quiet"], False)], ids=["", "quiet"])
 def test_progress_is_shown_on_a_terminal(base, tmp_path, options, shown):
-    ours, theirs = pty.openpty()
     line = [base[1], "-o", tmp_path / "out", "--block-length", 64, "--device", "cpu", *options]
-    process = start(*line, command="grad", stderr=theirs)
-    os.close(theirs)
-    seen = b""
-    try:
-        while part := os.read(ours, 4096):
-            seen += part
-    except OSError:  # how Linux says that the other end is closed
-        pass
-    finally:
-        os.close(ours)
-    process.communicate(timeout=30)
-    assert process.returncode == 0
+    seen = shown_on_terminal("grad", *line)
     assert (b"differentiating" in seen and b"100%" in seen) if shown else seen == b""

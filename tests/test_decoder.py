@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import emulator
 import numpy as np
 import pytest
+import small_models
 
 from mambacupy import kernels
 from mambacupy.decode_step import DecodeStep
@@ -16,15 +17,7 @@ from mambacupy.layers import map_params
 from mambacupy.models import MambaConfig, MambaLM
 
 SIZES = {"d_model": 40, "n_layer": 2, "vocab_size": 75, "d_state": 16, "dt_rank": 8}
-ROWS = {
-    "base": {},
-    "untied": {"tie_embeddings": False},
-    "layer-norm": {"rms_norm": False},
-    "bc-dt-norm": {"bc_dt_norm": True},
-    "biases": {"bias": True},
-    "no-conv-bias": {"conv_bias": False},
-    "residual-as-computed": {"residual_in_fp32": False},
-    "no-layer": {"n_layer": 0},
+ROWS = small_models.VARIANTS | {
     "conv-1": {"d_conv": 1},
     "odd-sizes": {"d_model": 33, "dt_rank": 3, "d_state": 5, "d_conv": 3, "pad_vocab_size_multiple": 1},
     "state-70": {"d_state": 70},
@@ -34,10 +27,8 @@ ERRORS = {"float32": 2e-5, "float16": 3e-3, "bfloat16": 3e-2}
 
 
 def make(dtype, **changes):
-    """A small model in a dtype, and parameters moved so that every part matters."""
-    model, rng = MambaLM(MambaConfig(**SIZES | changes), dtype), np.random.default_rng(7)
-    params = model.init(rng, np.float64)
-    return model, map_params(lambda p: (p + 0.1 * rng.standard_normal(p.shape)).astype(np.float32), params)
+    """A small model that computes in a dtype, and its parameters."""
+    return small_models.make(SIZES | changes, 0.1, np.float32, dtype)
 
 
 def error(got, wanted):

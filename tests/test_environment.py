@@ -47,6 +47,7 @@ def cupy(monkeypatch, builds):
     module.cuda = types.SimpleNamespace(runtime=runtime, nvrtc=types.SimpleNamespace(getVersion=lambda: (12, 9)))
     monkeypatch.setitem(sys.modules, "cupy", module)
     monkeypatch.setitem(sys.modules, "cupy.cublas", types.ModuleType("cupy.cublas"))
+    monkeypatch.setattr(environment, "_header_folder", lambda: "include")
     return module
 
 
@@ -155,3 +156,8 @@ def test_info_here_says_the_same_as_text_and_json(capsys):
     assert (facts["missing"] or "Nothing is missing") in text
     assert facts["numpy"] in text and facts["kernel_cache"] in text
     assert len(facts["devices"]) == sum(line.startswith("cuda:") for line in text.splitlines())
+
+
+def test_a_cache_that_cannot_be_looked_into(cupy, monkeypatch, capsys):
+    monkeypatch.setenv("CUPY_CACHE_DIR", "x" * 300)  # no file may have such a name
+    assert json.loads(info(capsys, "--json"))["kernel_cache_bytes"] == 0

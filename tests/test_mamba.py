@@ -10,6 +10,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+import small_models
 from test_layers import bytes_kept, check, flat, naive_mixer, normal, without
 
 from mambacupy.layers import Block, Linear, MambaMixer, RMSNorm, Serial, State, map_params
@@ -23,9 +24,8 @@ TOKENS = np.random.default_rng(5).integers(0, 11, (3, LENGTH))
 
 
 def make(dtype=np.float64, compute=None, checkpoint=False, **changes):
-    """A small model, and parameters moved so that every part matters."""
-    model, rng = MambaLM(MambaConfig(**SIZES | changes), compute, checkpoint), np.random.default_rng(7)
-    return model, map_params(lambda p: (p + 0.3 * rng.standard_normal(p.shape)).astype(dtype), model.init(rng, np.float64))
+    """A small model, and its parameters in a dtype."""
+    return small_models.make(SIZES | changes, 0.3, dtype, compute, checkpoint)
 
 
 def naive(model, params, tokens):
@@ -46,16 +46,8 @@ def naive(model, params, tokens):
     return norm(params["norm_f"], residual) @ head.T, states
 
 
-MODELS = {
-    "base": {},
-    "untied": {"tie_embeddings": False},
-    "layer-norm": {"rms_norm": False},
-    "bc-dt-norm": {"bc_dt_norm": True},
-    "biases": {"bias": True},
-    "no-conv-bias": {"conv_bias": False},
-    "residual-as-computed": {"residual_in_fp32": False},
+MODELS = small_models.VARIANTS | {
     "conv-2": {"d_conv": 2},
-    "no-layer": {"n_layer": 0},
     "vocabulary-as-it-is": {"pad_vocab_size_multiple": 1},
     "rank-auto": {"dt_rank": "auto"},
     "expand-1.5": {"expand": 1.5},

@@ -6,6 +6,9 @@ import io
 import os
 import random
 import re
+import secrets
+import signal
+import threading
 import warnings
 import zipfile
 
@@ -13,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from mambacupy import npy_files
 from mambacupy.npy_files import FileError, Outputs, open_array, open_npz
 
 NUMBERS = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
@@ -74,6 +78,20 @@ def test_every_version_of_the_format_is_read(tmp_path, version):
     assert np.array_equal(open_array(tmp_path / "u.npy"), NUMBERS)
 
 
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_headers_of_python_2_are_read_without_a_word(tmp_path, container):
+    content = npy_with_header((2, 8)).replace(b"(2, 8)}  ", b"(2L, 8L)}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert open_as(container, tmp_path, content).shape == (2, 8)
+
+
+def test_messages_have_an_end(tmp_path):
+    with pytest.raises(FileError) as caught:
+        open_as("npy", tmp_path, b"\x93NUMPY\x02\x00\xff\x0f\x00\x00" + bytes(5000))
+    assert len(str(caught.value)) < len(str(tmp_path)) + 300
+
+
 def test_files_are_mapped_and_not_loaded(tmp_path):
     """64 GiB of zeros in a sparse file."""
     path = tmp_path / "u.npy"
@@ -120,11 +138,12 @@ def test_stored_arrays_of_an_npz_file_are_mapped(tmp_path):
         (npy_with_header((2,), "<q9"), "not a .npy file"),
         (npy_with_header((2**40,), "|S0"), "not a .npy file"),
         (npy(NUMBERS).replace(b"(2, 3, 4), }", b"((, 3, 4), }"), "not a .npy file"),
+        (npy_with_header((2,)).replace(b"{", b"(" * 200), "not a .npy file"),
     ],
     ids=[
         "empty", "text", "cut-header", "cut-data", "pickled", "huge", "product-overflows", "size-overflows",
         "empty-and-overflows", "negative", "negative-twice", "too-many-axes", "boolean", "text-shape", "no-such-dtype",
-        "no-bytes", "unbalanced",
+        "no-bytes", "unbalanced", "nested",
     ],
 )  # fmt: skip
 def test_what_is_no_array_is_told_in_one_line(tmp_path, container, content, words):
@@ -188,6 +207,15 @@ def test_only_arrays_of_an_npz_file_count(tmp_path):
     assert np.array_equal(found["u"], NUMBERS)
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_an_npz_file_with_two_arrays_of_one_name_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        for x in (NUMBERS, NUMBERS + 1):
+            archive.writestr("u.npy", npy(x))
+    with pytest.raises(FileError, match=r"x\.npz:u\.npy: is there twice, wanted one array of that name"):
+        open_npz(tmp_path / "x.npz")
+
+
 def test_an_encrypted_npz_file_is_refused(tmp_path):
     path = tmp_path / "x.npz"
     np.savez_compressed(path, u=NUMBERS)
@@ -239,6 +267,13 @@ def test_a_full_disk_is_met_before_the_first_byte(tmp_path, monkeypatch, number)
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("shape", [(2**40, 2**20, 4), (0, 2**40, 2**20, 4)])
+def test_what_no_file_holds_is_refused(tmp_path, shape):
+    with pytest.raises(FileError, match=r"y\.npy: \(.*\) float32 is more than any file holds; nothing"), Outputs() as outputs:
+        outputs.create(tmp_path / "y.npy", shape, np.dtype(np.float32))
+    assert os.listdir(tmp_path) == []
+
+
 def test_space_is_claimed_where_the_system_cannot(tmp_path, monkeypatch):
     monkeypatch.delattr(os, "posix_fallocate", raising=False)
     x = np.arange(500_000.0)
@@ -250,13 +285,90 @@ def test_space_is_claimed_where_the_system_cannot(tmp_path, monkeypatch):
     assert np.array_equal(np.load(tmp_path / "y.npy"), x)
 
 
-def test_what_appeared_meanwhile_is_kept(tmp_path):
+@pytest.mark.parametrize("function", ["_remove", "_take_back", "_rename"])
+@pytest.mark.parametrize("ends", ["well", "badly", "interrupted"])
+def test_another_ctrl_c_leaves_nothing_half_done(tmp_path, monkeypatch, function, ends):
+    """While outputs get their names, or are taken back, or removed."""
+    real, hits = getattr(npy_files, function), []
+
+    class Disturbed(Exception):
+        pass
+
+    def disturb(*_):
+        raise Disturbed
+
+    def disturbed(*arguments):
+        hits.append(function)
+        signal.raise_signal(signal.SIGINT)
+        return real(*arguments)
+
+    monkeypatch.setattr(npy_files, function, disturbed)
+    (tmp_path / "1.npy").write_bytes(b"mine")
+    before, handler = files_below(tmp_path), signal.signal(signal.SIGINT, disturb)
+    caught = {
+        "well": contextlib.nullcontext(),
+        "badly": pytest.raises(FileError),
+        "interrupted": pytest.raises(KeyboardInterrupt),
+    }
+    with caught[ends], Outputs(force=True) as outputs:
+        outputs.create(tmp_path / "1.npy", (3,), np.float32)
+        outputs.create(tmp_path / "2.npy", (3,), np.float32)
+        if ends == "badly":
+            (tmp_path / "2.npy").mkdir()
+        if ends == "interrupted":
+            raise KeyboardInterrupt
+    assert signal.signal(signal.SIGINT, handler) is disturb
+    assert hits or (function, ends) in {("_take_back", "well"), ("_take_back", "interrupted"), ("_rename", "interrupted")}
+    if ends == "well":
+        assert [np.load(path).shape for path in sorted(tmp_path.iterdir())] == [(3,), (3,)]
+    else:
+        assert files_below(tmp_path) == before
+
+
+def test_signals_are_left_alone_in_other_threads(tmp_path):
+    def write():
+        with Outputs() as outputs:
+            outputs.create(tmp_path / "y.npy", (3,), np.float32)[...] = 1
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    thread.join()
+    assert np.all(np.load(tmp_path / "y.npy") == 1)
+
+
+def no_links(*arguments, **options):
+    raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+@pytest.mark.parametrize("hard_links", [True, False])
+def test_what_appeared_meanwhile_is_kept(tmp_path, monkeypatch, hard_links):
     """…and then none of the outputs appears."""
+    if not hard_links:
+        monkeypatch.setattr(os, "link", no_links)
     with pytest.raises(FileError, match=r"h\.npy: appeared"), Outputs() as outputs:
         outputs.create(tmp_path / "y.npy", (3,), np.float32)
         outputs.create(tmp_path / "h.npy", (3,), np.float32)
         (tmp_path / "h.npy").write_bytes(b"theirs")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"h.npy": b"theirs"}
+
+
+def test_nothing_is_written_through_a_link_with_a_temporary_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(secrets, "token_hex", lambda _: "guessed")
+    (tmp_path / "theirs").write_bytes(b"theirs")
+    (tmp_path / ".y.npy.guessed.part").symlink_to("theirs")
+    with pytest.raises(FileError, match=r"y\.npy: File exists; nothing was written"), Outputs() as outputs:
+        outputs.create(tmp_path / "y.npy", (3,), np.float32)
+    assert files_below(tmp_path)["theirs"] == b"theirs"
+
+
+def test_two_runs_at_once_keep_apart(tmp_path):
+    """Even if both are process 1, each of a container of its own."""
+    with Outputs(force=True) as one, Outputs(force=True) as two:
+        for value, outputs in enumerate((one, two)):
+            outputs.create(tmp_path / "y.npy", (3,), np.float32)[...] = value
+        assert len(os.listdir(tmp_path)) == 2
+    assert np.all(np.load(tmp_path / "y.npy") == 0)
+    assert os.listdir(tmp_path) == ["y.npy"]
 
 
 @pytest.mark.parametrize("special", ["fifo", "dangling"])
@@ -334,9 +446,6 @@ def test_scratch_is_writable_and_gone_when_outputs_appear(tmp_path):
 @pytest.mark.parametrize("failure", ["no-room", "folder", "interrupt", None])
 def test_outputs_that_are_replaced_are_replaced_together(tmp_path, monkeypatch, failure, hard_links):
     """Where the third of four cannot follow, those before it are what they were, and the new one is not there."""
-
-    def no_links(*arguments, **options):
-        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
     def replace(source, target, real=os.replace):
         if failure and str(target).endswith("3.npy") and str(source).endswith(".part"):

@@ -128,14 +128,24 @@ def test_rows_are_by_themselves():
 REFUSED = {
     "temperature": ({"temperature": -1.0}, ValueError, r"Sampling: temperature is -1.0, wanted a finite number, 0 \(greedy\)"),
     "temperature-nan": ({"temperature": math.nan}, ValueError, "Sampling: temperature is nan"),
+    "temperature-tiny": ({"temperature": 1e-300}, ValueError, r"temperature is 1e-300, wanted .* 0 \(greedy\) or from 1e-20"),
+    "penalty-huge": ({"repetition_penalty": 1e308}, ValueError, "repetition_penalty is 1e[+]308, wanted a number from 1e-10"),
     "temperature-text": ({"temperature": "1"}, TypeError, "Sampling: temperature is '1', wanted"),
     "top-k": ({"temperature": 1.0, "top_k": 0}, ValueError, "Sampling: top_k is 0, wanted 1 or more, or None for all"),
     "top-k-float": ({"temperature": 1.0, "top_k": 2.0}, TypeError, "Sampling: top_k is 2.0, wanted an integer, or None"),
     "top-p": ({"temperature": 1.0, "top_p": 0.0}, ValueError, "Sampling: top_p is 0.0, wanted a number above 0 and up to 1"),
     "min-p": ({"temperature": 1.0, "min_p": 1.5}, ValueError, "Sampling: min_p is 1.5, wanted a number from 0 to 1, or None"),
-    "penalty": ({"repetition_penalty": 0}, ValueError, "Sampling: repetition_penalty is 0, wanted a finite number above 0"),
+    "penalty": ({"repetition_penalty": 0}, ValueError, "Sampling: repetition_penalty is 0, wanted a number from 1e-10 to 1e10"),
     "greedy": ({"top_p": 0.9}, ValueError, r"Sampling: top_p is 0.9, but temperature 0 takes the largest .* temperature=1.0"),
 }
+
+
+def test_extremes_stay_finite():
+    logits, seen = np.float32([[-1e8, 1e8, 0]]), np.array([[True, False, False]])
+    with np.errstate(all="raise", under="ignore"):
+        for penalty in (1e-10, 1e10):
+            options = sampling.Sampling(temperature=1e-20, top_k=2, top_p=0.9, min_p=0.1, repetition_penalty=penalty)
+            assert sampling.choose(logits, options, np.array([0.5]), seen) == 1
 
 
 @pytest.mark.parametrize("row", REFUSED)

@@ -226,27 +226,31 @@ class MambaLM:
         """Where tokens stood before the padding went behind them, and how many each row has (both None without a mask); the
         tokens in that order; the state."""
         weight = self._check_params(params)
-        xp = arrays.namespace("MambaLM", tokens=tokens, mask=mask, **{"params['embedding']['weight']": weight})
-        if tokens.dtype.kind not in "iu":
-            raise TypeError(f"MambaLM: tokens is {arrays.dtype_name(tokens.dtype)}, wanted integers")
-        if tokens.ndim != 2:
-            hint = "; a single row is tokens[None]" if tokens.ndim == 1 else ""
-            raise ValueError(f"MambaLM: tokens has shape {tokens.shape}, wanted (batch, length){hint}")
+        xp = check_tokens("MambaLM", tokens, mask, weight)
         if state is not None and (not isinstance(state, (tuple, list)) or len(state) != self.config.n_layer):
             came = f"{len(state)} entries" if isinstance(state, (tuple, list)) else f"type {type(state).__qualname__}"
             raise ValueError(f"MambaLM: state has {came}, wanted a tuple of {self.config.n_layer}, as init_state gives")
         for part in state or ():  # all of them before a block writes to its own
             self.block.mixer.check_state(part, weight, len(tokens), self._dtype(weight))
-        if mask is None:
-            return None, None, tokens, state or None
-        if mask.dtype != bool:
-            raise TypeError(f"MambaLM: mask is {arrays.dtype_name(mask.dtype)}, wanted bool; write mask.astype(bool)")
-        if mask.shape != tokens.shape:
-            raise ValueError(f"MambaLM: mask has shape {mask.shape}, wanted {tokens.shape}, the shape of tokens")
-        if not tokens.shape[1]:
+        if mask is None or not tokens.shape[1]:
             return None, None, tokens, state or None
         places = _Places(xp, mask)
         return places, mask.sum(axis=1), places.put(tokens), state or None
+
+
+def check_tokens(operation, tokens, mask, weight):
+    """The array library of tokens (batch, length), of a mask of their shape if there is one, and of the embedding's weight."""
+    xp = arrays.namespace(operation, tokens=tokens, mask=mask, **{"params['embedding']['weight']": weight})
+    if tokens.dtype.kind not in "iu":
+        raise TypeError(f"{operation}: tokens is {arrays.dtype_name(tokens.dtype)}, wanted integers")
+    if tokens.ndim != 2:
+        hint = "; a single row is tokens[None]" if tokens.ndim == 1 else ""
+        raise ValueError(f"{operation}: tokens has shape {tokens.shape}, wanted (batch, length){hint}")
+    if mask is not None and mask.dtype != bool:
+        raise TypeError(f"{operation}: mask is {arrays.dtype_name(mask.dtype)}, wanted bool; write mask.astype(bool)")
+    if mask is not None and mask.shape != tokens.shape:
+        raise ValueError(f"{operation}: mask has shape {mask.shape}, wanted {tokens.shape}, the shape of tokens")
+    return xp
 
 
 class _Places:
