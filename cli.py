@@ -1,5 +1,5 @@
 """Run the command line from a checkout: `python cli.py scan ...`. Never packaged."""
 
-from mambacupy_command import main
+from mambacupy.cli import main
 
 main()

@@ -20,7 +20,6 @@ import pytest
 from command import (
     BAD_STREAMS,
     OPTIONS,
-    ROOT,
     SIGNALS,
     change,
     check_interruption,
@@ -373,20 +372,6 @@ def test_interruption_leaves_everything_as_it_was(slow, tmp_path, name, force):
     before = files_in(tmp_path)
     check_interruption(start("scan", *slow, "-o", tmp_path / "y.npy", *["--force"] * force), tmp_path, ".*.part", name)
     assert files_in(tmp_path) == before
-
-
-@pytest.mark.parametrize("words", [["cli.py"], ["-c", "from mambacupy_command import main; main()"]], ids=["file", "script"])
-def test_ctrl_c_while_python_imports(tmp_path, words):
-    """…even if what is imported would catch an exception."""
-    (tmp_path / "numpy.py").write_text(
-        "import time\nprint('importing', flush=True)\ntry:\n    time.sleep(60)\nexcept BaseException:\n    pass\n"
-    )
-    options = {"env": os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}, "cwd": ROOT, "stdout": subprocess.PIPE}
-    process = subprocess.Popen([sys.executable, *words], stderr=subprocess.PIPE, **options)
-    assert process.stdout.readline() == b"importing\n"
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
-    assert (process.returncode, out, err) == (130, b"", b"")
 
 
 def test_ctrl_c_where_nothing_is_written(run, monkeypatch):

@@ -48,7 +48,7 @@ def dist_info(unpacked):
 
 
 def test_everything_that_runs_is_in_it_and_nothing_else(unpacked):
-    code = {path.relative_to(ROOT) for path in (ROOT / "mambacupy").rglob("*.py")} | {Path("mambacupy_command.py")}
+    code = {path.relative_to(ROOT) for path in (ROOT / "mambacupy").rglob("*.py")}
     cuda = {Path("mambacupy") / path.relative_to(ROOT) for path in (ROOT / "cuda_src").iterdir()}
     assert {path.suffix for path in cuda} == {".cu", ".cuh"}
     shipped = {path.relative_to(unpacked) for path in unpacked.rglob("*") if path.is_file()}
@@ -58,9 +58,9 @@ def test_everything_that_runs_is_in_it_and_nothing_else(unpacked):
 
 
 def test_top_level(unpacked, dist_info):
-    ours = {"mambacupy", "mambacupy_command.py"}  # no cli, tests, benchmarks, examples
+    ours = {"mambacupy"}  # no cli, tests, benchmarks, examples
     assert {path.name for path in unpacked.iterdir()} == ours | {dist_info.name}
-    assert (dist_info / "top_level.txt").read_text().split() == ["mambacupy", "mambacupy_command"]
+    assert (dist_info / "top_level.txt").read_text().split() == ["mambacupy"]
 
 
 def test_metadata(dist_info):
@@ -111,7 +111,7 @@ def test_kernels_come_out_of_the_wheel(unpacked, found):
 
 def test_modules_and_the_command(found):
     assert {"mambacupy.cli", "mambacupy.ops.selective_scan"} <= set(found["modules"])
-    assert found["entry"] == [["mambacupy", "mambacupy_command:main", True]]
+    assert found["entry"] == [["mambacupy", "mambacupy.cli:main", True]]
 
 
 def test_no_file_names_a_place_of_one_machine():
