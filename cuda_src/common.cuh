@@ -163,34 +163,62 @@ DEVICE double reciprocal(double x) { return 1.0 / x; }
 
 constexpr double LOG2_E = 1.4426950408889634;
 
-// e^-|x| to float32's own rounding: 2^n times a minimax polynomial of what is left of x, relative error 3e-9, no bias.
-DEVICE float exp_of_negative(float x) {
-    const float nearest = 12582912.0f;                                 // 1.5·2^23: adding it rounds to an integer
-    float shifted = fmaf(fabsf(x), (float)-LOG2_E, nearest), n = shifted - nearest;
-    float r = fmaf(n, 1.90465432e-9f, fmaf(n, -0.693147182f, -fabsf(x)));                    // -|x| - n·log(2)
-    float p = fmaf(fmaf(fmaf(fmaf(1.38206338e-3f, r, 8.36867373e-3f), r, 4.16682661e-2f), r, 1.66665211e-1f), r, 4.9999994e-1f);
-    p = fmaf(fmaf(p, r, 1.0f), r, 1.0f);
-    float y = __uint_as_float(__float_as_uint(p) + (__float_as_uint(shifted) << 23));
-    return fabsf(x) < 87.0f ? y : x != x ? x : 0.0f;
+// Several numbers at once, step by step: written one number after the other, each would wait for itself.
+#define EACH _Pragma("unroll") for (int j = 0; j < N; ++j)
+
+// y = c[0]·x^(K-1) + c[1]·x^(K-2) + … + c[K-1]
+template <int N, int K> DEVICE void polynomial(const float (&c)[K], const float (&x)[N], float (&y)[N]) {
+    EACH y[j] = c[0];
+#pragma unroll
+    for (int k = 1; k < K; ++k) EACH y[j] = fmaf(y[j], x[j], c[k]);
 }
-DEVICE double exp_of_negative(double x) { return exp(-fabs(x)); }
+
+// e^-x for x in [0, 88] to float32's own rounding: 2^n times a minimax polynomial of what is left of x, relative error 3e-9, no bias.
+template <int N> DEVICE void exp_of_negative(const float (&x)[N], float (&e)[N]) {
+    constexpr float NEAREST = 12582912.0f;                             // 1.5·2^23: adding it rounds to an integer
+    constexpr float C[] = {1.38206338e-3f, 8.36867373e-3f, 4.16682661e-2f, 1.66665211e-1f, 4.9999994e-1f, 1.0f, 1.0f};
+    float shifted[N], r[N];
+    EACH shifted[j] = fmaf(x[j], (float)-LOG2_E, NEAREST);
+    EACH r[j] = fmaf(shifted[j] - NEAREST, -0.693147182f, -x[j]);      // -x - n·log(2)
+    EACH r[j] = fmaf(shifted[j] - NEAREST, 1.90465432e-9f, r[j]);
+    polynomial(C, r, e);
+    EACH e[j] = __uint_as_float(__float_as_uint(e[j]) + (__float_as_uint(shifted[j]) << 23));
+}
 
 // log(1 + x) for x in [0, 1]: x + x²·q(x) with a minimax polynomial q, relative error 3e-8, no bias.
-DEVICE float log1p_unit(float x) {
-    float q = 5.36542246e-3f;
-    q = fmaf(q, x, -3.00683007e-2f);
-    q = fmaf(q, x, 7.92088285e-2f);
-    q = fmaf(q, x, -1.37541875e-1f);
-    q = fmaf(q, x, 1.91538483e-1f);
-    q = fmaf(q, x, -2.48572171e-1f);
-    q = fmaf(q, x, 3.332133e-1f);
-    q = fmaf(q, x, -4.99996483e-1f);
-    return fmaf(x * x, q, x);
+template <int N> DEVICE void log1p_unit(const float (&x)[N], float (&y)[N]) {
+    constexpr float Q[] = {5.36542246e-3f, -3.00683007e-2f, 7.92088285e-2f, -1.37541875e-1f,
+                           1.91538483e-1f, -2.48572171e-1f, 3.332133e-1f, -4.99996483e-1f};
+    polynomial(Q, x, y);
+    EACH y[j] = fmaf(x[j] * x[j], y[j], x[j]);
 }
 
-// softplus(x) = log(1 + e^x), and x itself above 20. Keeps its relative accuracy where x is very negative.
-DEVICE float softplus(float x) { return fmaxf(x, 0.0f) + log1p_unit(exp_of_negative(x)); }
-DEVICE double softplus(double x) { return x > 20.0 ? x : log1p(exp(x)); }
+// softplus(x) = log(1 + e^x), and x itself above 20, in place; and its derivative, sigmoid(x), which is 1 there. Keeps its relative
+// accuracy where x is very negative. NaN stays NaN.
+template <int N> DEVICE void softplus_each(float (&x)[N], float (*slope)[N] = nullptr) {
+    float e[N], y[N];
+    EACH e[j] = fminf(fabsf(x[j]), 88.0f);
+    exp_of_negative(e, e);
+    log1p_unit(e, y);
+    EACH {
+        if (slope) {
+            const float r = reciprocal(1.0f + e[j]);
+            (*slope)[j] = x[j] >= 0.0f ? r : e[j] * r;
+        }
+        x[j] = (x[j] < 0.0f ? 0.0f : x[j]) + y[j];
+    }
+}
+template <int N> DEVICE void softplus_each(double (&x)[N], double (*slope)[N] = nullptr) {
+    EACH {
+        if (slope) (*slope)[j] = x[j] > 20.0 ? 1.0 : reciprocal(1.0 + exp(-x[j]));
+        x[j] = x[j] > 20.0 ? x[j] : log1p(exp(x[j]));
+    }
+}
+template <typename R> DEVICE R softplus(R x) {
+    R each[1] = {x};
+    softplus_each(each);
+    return each[0];
+}
 
 // sigmoid(x) = 1 / (1 + e^-x)
 template <typename R>
@@ -309,15 +337,4 @@ template <typename R> DEVICE Complex<R> phi_derivative(Complex<R> a, Complex<R> 
     R square = a.re * a.re + a.im * a.im;
     if (square < R(0.25)) return phi_series_derivative<R>(a, Complex<R>{R(1), R(0)});
     return (R(1) / square) * (Complex<R>{exp_a.re - phi_a.re, exp_a.im - phi_a.im} * conj(a));
-}
-
-// softplus and its derivative, sigmoid(x), which is 1 above 20, from one exponential.
-DEVICE void softplus_and_slope(float x, float& y, float& slope) {
-    float e = exp_of_negative(x), r = reciprocal(1.0f + e);
-    y = fmaxf(x, 0.0f) + log1p_unit(e);
-    slope = x >= 0.0f ? r : e * r;
-}
-DEVICE void softplus_and_slope(double x, double& y, double& slope) {
-    y = softplus(x);
-    slope = x > 20.0 ? 1.0 : sigmoid(x);
 }

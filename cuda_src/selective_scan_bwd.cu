@@ -51,6 +51,7 @@ struct Shared {
     struct Terms { real dD, dbias; } terms[TIME_PARTS][BLOCK_CHANNELS];                       // a chunk's, by those that added them up,
     struct TimeSums { real dD, dD_lost, dbias, dbias_lost; } sums[BLOCK_CHANNELS];            // and all
     real skip[BLOCK_CHANNELS], bias[BLOCK_CHANNELS];
+    real* parts[2];                                                    // dB and dC of this block, at the first step of the chunk
     Block block;
     Split time;
 };
@@ -89,6 +90,15 @@ template <int COUNT> DEVICE Wide<COUNT> operator+(Wide<COUNT> a, Wide<COUNT> b) 
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) a.at[i] += b.at[i];
     return a;
+}
+
+struct Sums { real by_B, by_A, out; };                                 // over n: Σ λ·B, Σ λ·A·Ā·h, Σ C·h
+DEVICE Sums operator+(Sums a, Sums b) { return {a.by_B + b.by_B, a.by_A + b.by_A, a.out + b.out}; }
+DEVICE Sums choose(bool first, Sums a, Sums b) {
+    return {first ? a.by_B : b.by_B, first ? a.by_A : b.by_A, first ? a.out : b.out};
+}
+DEVICE Sums from_lane(Sums x, int offset) {
+    return {__shfl_xor_sync(~0u, x.by_B, offset), __shfl_xor_sync(~0u, x.by_A, offset), __shfl_xor_sync(~0u, x.out, offset)};
 }
 
 // Where a lane group of a warp leaves its share of kind 0 or 1. Groups take turns in which kind comes first: two that write at once would
@@ -286,6 +296,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
 #pragma unroll
         for (int k = 0; k < (COEFFICIENTS_AHEAD && C_VARIES ? C_LOADS : 0); ++k) C_next[k] = load_C(k);
         Tensors next = load(0, t0, steps);
+        if (KINDS > 0 && threadIdx.x < KINDS) {                        // kind 0 is B where it varies
+            const bool is_B = threadIdx.x == 0 && B_VARIES;
+            real* parts = reinterpret_cast<real*>(is_B ? p.dB_parts : p.dC_parts);
+            shared.parts[threadIdx.x] = parts + ((b * p.blocks_per_batch + block.within) * p.length + t0) * p.state_total * REALS;
+        }
         state_t h[CHANNELS][SLOTS] = {}, a[CHANNELS][SLOTS];
         if (!CARRIES_ONLY) for_states([&](int k, int i, long long c, int n) {
             const long long chunk = b * ((p.length + CHUNK - 1) / CHUNK) + t0 / CHUNK;
@@ -310,10 +325,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
             real dt[VECTOR], gy[VECTOR];                               // loop by loop, so that elements hide each other's latencies
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) dt[j] = to_real(now.delta.get(j)) + shared.bias[item.channel(j)];
-            if (p.delta_softplus) {
-#pragma unroll
-                for (int j = 0; j < VECTOR; ++j) dt[j] = softplus(dt[j]);
-            }
+            if (p.delta_softplus) softplus_each(dt);
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) gy[j] = to_real(now.dy.get(j));
             if (p.z) {
@@ -380,17 +392,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
                 const int index = (threadIdx.x + k * THREADS) * OWN, row = index / COLUMNS, column = index % COLUMNS;
                 const int first = column % (STATES * REALS), kind = column / (STATES * REALS);
                 const int t = REVERSE ? TILE - 1 - (segment * SEGMENT + row) : segment * SEGMENT + row;
-                if (t >= steps || (ALL % (OWN * THREADS) != 0 && index >= ALL)) continue;
+                if (ALL % (OWN * THREADS) != 0 && index >= ALL) continue;
                 Wide<OWN> sum = *reinterpret_cast<const Wide<OWN>*>(&sums[0][row][column]);
 #pragma unroll
                 for (int w = 1; w < WARPS; ++w) sum = sum + *reinterpret_cast<const Wide<OWN>*>(&sums[w][row][column]);
-                real* parts = reinterpret_cast<real*>(kind == 0 && B_VARIES ? p.dB_parts : p.dC_parts);
-                parts += ((b * p.blocks_per_batch + block.within) * p.length + t0 + t) * p.state_total * REALS + first;
+                real* parts = shared.parts[kind] + t * (int)p.state_total * REALS + first;
                 if (parts_are_wide) {
-                    *reinterpret_cast<Wide<OWN>*>(parts) = sum;
+                    if (t < steps) *reinterpret_cast<Wide<OWN>*>(parts) = sum;
                 } else {
 #pragma unroll
-                    for (int i = 0; i < OWN; ++i) if (first + i < p.state * REALS) parts[i] = sum.at[i];
+                    for (int i = 0; i < OWN; ++i) if (t < steps && first + i < p.state * REALS) parts[i] = sum.at[i];
                 }
             }
         };
@@ -430,14 +441,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
                 }
                 return x;
             };
-            struct { real by_B, by_A, out; } sums[SEGMENT];            // over n: Σ λ·B, Σ λ·A·Ā·h, Σ C·h
+            Sums sums[SEGMENT];
             Inputs next_inputs = read(SEGMENT - 1);
 #pragma unroll
             for (int j = SEGMENT - 1; j >= 0; --j) {
                 const Inputs now = next_inputs;
                 if (j > 0) next_inputs = read(j - 1);
                 alignas(SLOTS * sizeof(state_t)) state_t dB[SLOTS] = {}, dC[SLOTS] = {};
-                real by_B[CHANNELS] = {}, by_A[CHANNELS] = {}, out[CHANNELS] = {};
+                Sums part[CHANNELS] = {};
 #pragma unroll
                 for (int k = 0; k < CHANNELS; ++k) {
                     const Step s = now.step[k];
@@ -447,7 +458,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
                         state_t Bn = B_VARIES ? now.B[i] : B_kept[k][i], Cn = C_VARIES ? now.C[i] : C_kept[k][i];
                         state_t a_n = as[j][k][i], h_n = hs[j + 1][k][i];
                         state_t lambda = gy * conj(Cn) + carry[k][i];                         // [1]
-                        out[k] = real_product(Cn, h_n, out[k]);
+                        part[k].out = real_product(Cn, h_n, part[k].out);
                         state_t dCn = gy * conj(h_n);                                         // [2]
                         carry[k][i] = conj(a_n) * lambda;
 #if ZOH
@@ -457,28 +468,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
                         state_t dBn = s.x * (lambda * conj(factor));                          // [3]
                         state_t slope = s.dt * (s.dt * (phi_derivative(angle, a_n, phi_n) * uB));
                         dA[k][i] = multiply_add(lambda, conj(s.dt * decayed + slope), dA[k][i]);             // [4]
-                        by_A[k] = real_product(lambda, conj(A_kept[k][i] * decayed + a_n * uB), by_A[k]);    // [5]
-                        by_B[k] = real_product(lambda, conj(factor * Bn), by_B[k]);           // [6]
+                        part[k].by_A = real_product(lambda, conj(A_kept[k][i] * decayed + a_n * uB), part[k].by_A);    // [5]
+                        part[k].by_B = real_product(lambda, conj(factor * Bn), part[k].by_B);           // [6]
 #else
                         state_t dBn = s.x * lambda;                                           // [3]
                         state_t pulled = carry[k][i] * conj(hs[j][k][i]);                     // λ_t·Ā_t·h_{t-1}
                         dA[k][i] = s.dt * pulled + dA[k][i];                                  // [4]
-                        by_A[k] = real_product(pulled, conj(A_for_sum(rate[k][i])), by_A[k]);      // [5], its part with A
-                        by_B[k] = real_product(lambda, conj(Bn), by_B[k]);                    // [5] and [6]
+                        part[k].by_A = real_product(pulled, conj(A_for_sum(rate[k][i])), part[k].by_A);      // [5], its part with A
+                        part[k].by_B = real_product(lambda, conj(Bn), part[k].by_B);          // [5] and [6]
 #endif
                         if (B_VARIES) dB[i] = dB[i] + dBn; else dB_kept[k][i] = dB_kept[k][i] + dBn;
                         if (C_VARIES) dC[i] = dC[i] + dCn; else dC_kept[k][i] = dC_kept[k][i] + dCn;
                     }
                 }
-                // The sums over n. After the first exchange every lane has the channel that `channel(0)` names.
-#pragma unroll
-                for (int offset = 1; offset < LANES; offset *= 2) {
-                    bool swap = CHANNELS == 2 && offset == 1;
-                    by_B[0] += __shfl_xor_sync(~0u, by_B[swap], offset);
-                    by_A[0] += __shfl_xor_sync(~0u, by_A[swap], offset);
-                    out[0] += __shfl_xor_sync(~0u, out[swap], offset);
-                }
-                sums[j] = {by_B[0], by_A[0] * A_UNIT, out[0]};
+                // Two channels: each of two lanes takes the one that its `channel(0)` names.
+                sums[j] = CHANNELS == 2 ? part[0] + from_lane(part[CHANNELS - 1], 1) : part[0];
                 if (KINDS > 0) {
                     auto& columns = shared.columns[threadIdx.x / 32];
                     real* mine = &columns[j % COLUMN_STEPS][group % WARP_GROUPS][lane * SLOTS * REALS];
@@ -493,13 +497,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
                 }
             }
 
-
-            __syncwarp();                                              // all lanes have read the entries
-            if (lane < CHANNELS) {
+            // The sums over the lanes of a channel. Two of them share out their steps, each half for one, until each lane has few.
+            int first_step = 0;
 #pragma unroll
-                for (int j = 0; j < SEGMENT; ++j) {
-                    step_at(segment * SEGMENT, j, 0) = {sums[j].by_B, sums[j].by_A};
-                    gate_at(segment * SEGMENT, j, 0) = sums[j].out;
+            for (int stage = 0; CHANNELS << stage < LANES; ++stage) {
+                const int offset = CHANNELS << stage, half = (SEGMENT >> stage) / 2;
+                const bool second = lane & offset;
+                if (half == 0) sums[0] = sums[0] + from_lane(sums[0], offset);
+#pragma unroll
+                for (int j = 0; j < half; ++j) {
+                    const Sums one = sums[j], two = sums[j + half];
+                    sums[j] = choose(second, two, one) + from_lane(choose(second, one, two), offset);
+                }
+                if (second) first_step += half;
+            }
+            __syncwarp();                                              // all lanes have read the entries
+            if (lane < CHANNELS * SEGMENT) {
+                constexpr int OWN = LANES / CHANNELS < SEGMENT ? SEGMENT * CHANNELS / LANES : 1;
+#pragma unroll
+                for (int j = 0; j < OWN; ++j) {
+                    step_at(segment * SEGMENT, first_step + j, 0) = {sums[j].by_B, sums[j].by_A * A_UNIT};
+                    gate_at(segment * SEGMENT, first_step + j, 0) = sums[j].out;
                 }
             }
 
@@ -586,10 +604,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
                 }
                 store(p.dz, out);
             }
-            if (p.delta_softplus) {
-#pragma unroll
-                for (int j = 0; j < VECTOR; ++j) softplus_and_slope(dt[j], dt[j], slope[j]);
-            }
+            if (p.delta_softplus) softplus_each(dt, &slope);
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
                 const real x = to_real(now.u.get(j));

@@ -198,10 +198,7 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
             real dt[VECTOR];
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) dt[j] = to_real(delta_next[k].get(j)) + shared.bias[item.channel(j) % BLOCK_CHANNELS];
-            if (p.delta_softplus) {
-#pragma unroll
-                for (int j = 0; j < VECTOR; ++j) dt[j] = softplus(dt[j]);
-            }
+            if (p.delta_softplus) softplus_each(dt);
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
                 if (j >= item.valid) dt[j] = 0;                        // after softplus: a step of 0 leaves h as it is
