@@ -2,6 +2,9 @@
 
 import re
 import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import cases
@@ -169,13 +172,47 @@ def test_arguments_follow_the_struct():
     assert kernels.parameter_names(source) == (("x0", "x1", "y"), ("n0", "n1", "n2", "m"))
 
 
-def test_a_pointer_is_of_an_array_or_an_address_or_null():
+@pytest.fixture
+def launches(monkeypatch):
+    """A kernel without a GPU, given its pointers and numbers; and what it is launched with."""
     calls = []
-    kernel = kernels.Kernel.__new__(kernels.Kernel)
-    kernel.pointers, kernel.numbers, kernel._shared_bytes = ("x", "y", "z"), ("first_block",), 0
-    kernel._raw = lambda grid, block, args, shared_mem: calls.append(args[0].view(np.int64).tolist())
-    kernel.prepare(1, 32, {})({"x": SimpleNamespace(data=SimpleNamespace(ptr=512)), "y": 528, "z": None})
-    assert calls == [[512, 528, 0, 0]]
+    monkeypatch.setattr(kernels, "_by_value", lambda params: params)
+
+    def make(pointers, numbers):
+        kernel = kernels.Kernel.__new__(kernels.Kernel)
+        kernel.pointers, kernel.numbers, kernel._shared_bytes = pointers, numbers, 0
+        kernel._function = lambda: lambda grid, block, args, shared_mem: calls.append((grid, block, args[0].tolist()))
+        return kernel
+
+    return make, calls
+
+
+def test_a_pointer_is_of_an_array_or_an_address_or_null(launches):
+    make, calls = launches
+    array = SimpleNamespace(data=SimpleNamespace(ptr=512))
+    make(("x", "y", "z"), ("first_block",)).prepare(1, 32, {})({"x": array, "y": 528, "z": None})
+    assert calls == [((1,), (32,), [512, 528, 0, 0])]
+
+
+def test_threads_launch_with_their_own_pointers(launches):
+    make, _ = launches
+    kernel, seen = make(("x",), ("first_block",)), []
+
+    def run(grid, block, args, shared_mem):
+        time.sleep(0.001)  # where another thread may write
+        seen.append((threading.get_ident(), args[0][0]))
+
+    kernel._function = lambda: run
+    launch, own = kernel.prepare(1, 32, {}), []
+
+    def calls(address):
+        for _ in range(20):
+            own.append((threading.get_ident(), address))
+            launch({"x": address})
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(calls, range(4)))
+    assert sorted(seen) == sorted(own)
 
 
 def test_arrays_in_one_allocation_are_apart_and_aligned():
@@ -183,10 +220,7 @@ def test_arrays_in_one_allocation_are_apart_and_aligned():
     assert starts == {"a": 0, "b": 256, "c": 512, "d": 1024} and size == 1024
 
 
-def test_grids_hold_any_number_of_blocks():
-    calls = []
-    kernel = kernels.Kernel.__new__(kernels.Kernel)
-    kernel.pointers, kernel.numbers, kernel._shared_bytes = (), ("n", "first_block"), 0
-    kernel._raw = lambda grid, block, args, shared_mem: calls.append((grid, block, args[0].view(np.int64).tolist()))
-    kernel.prepare(2**31 + 9, 128, {"n": 3})({})
+def test_grids_hold_any_number_of_blocks(launches):
+    make, calls = launches
+    make((), ("n", "first_block")).prepare(2**31 + 9, 128, {"n": 3})({})
     assert calls == [((2**31 - 1,), (128,), [3, 0]), ((10,), (128,), [3, 2**31 - 1])]
