@@ -10,6 +10,7 @@ and it is the single list of arguments: they are taken by name and packed in its
 (`Kernel.prepare`), the pointers at every launch.
 """
 
+import contextlib
 import functools
 import hashlib
 import re
@@ -107,6 +108,16 @@ def compile_for(architecture, source):
 def address(array):
     """Device pointer of an array as an integer; 0 for None."""
     return 0 if array is None else array.data.ptr
+
+
+_HERE = contextlib.nullcontext()
+
+
+def device_of(array):
+    """A context in which an array's device is the current one. Entering CuPy's own takes four times as long as asking."""
+    import cupy
+
+    return _HERE if array.data.device_id == cupy.cuda.runtime.getDevice() else array.device
 
 
 def _by_value(params):

@@ -8,11 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import cases
-import numpy as np
+import emulator
 import pytest
+import scans
 
-from mambacupy import checks, kernels
-from mambacupy.ops import plans, scan_kernels
+from mambacupy import kernels
+from mambacupy.ops import plans
 
 DEVICES = {
     "75": kernels.Device(multiprocessors=40, shared_bytes=65536, shared_bytes_of_multiprocessor=65536),
@@ -52,15 +53,9 @@ def record(patch, architecture="90"):
     return recorder
 
 
-def forward(arguments, options):
-    args = checks.selective_scan("test", **arguments, discretization=options["discretization"])
-    return args, scan_kernels.forward(args, options["delta_softplus"], options["reverse"], True)
-
-
-def backward(arguments, options):
-    args, (y, last_state, states) = forward(arguments, options)
-    direction = options["delta_softplus"], options["reverse"]
-    scan_kernels.backward(args, *direction, states, y, last_state, arguments["B"], arguments["C"])
+def scan(arguments, options):
+    """Both directions."""
+    emulator.scan(arguments, options, *scans.incoming(arguments))
 
 
 def instantiations():
@@ -70,7 +65,7 @@ def instantiations():
         recorder = record(patch)
         for row, changes in cases.ROWS.items():
             recorder.compiled.clear()
-            backward(*cases.make(**changes))
+            scan(*cases.make(**changes))
             for file, _, constants in recorder.compiled:
                 found.setdefault((file, constants), row)
     return [pytest.param(file, dict(constants), id=f"{file}-{row}") for (file, constants), row in found.items()]
@@ -101,7 +96,7 @@ def test_blocks_fit_the_device(monkeypatch, architecture):
     pytest.importorskip("cupy")
     recorder = record(monkeypatch, architecture)
     for changes in cases.ROWS.values():
-        backward(*cases.make(**(changes | {"dim": 264})))
+        scan(*cases.make(**(changes | {"dim": 264})))
     for (file, _, constants), shared_bytes in recorder.shared_bytes.items():
         assert shared_bytes <= DEVICES[architecture].shared_bytes
         source = kernels.specialise(file, dict(constants))
@@ -109,7 +104,7 @@ def test_blocks_fit_the_device(monkeypatch, architecture):
 
 
 def test_launches_get_what_the_struct_names(recorder):
-    backward(*cases.make(state=100, batch=1, dim=8, length=5000, B=2))
+    scan(*cases.make(state=100, batch=1, dim=8, length=5000, B=2))
     names = [name for _, name, *_ in recorder.launched]
     assert {"selective_scan_fwd", "selective_scan_bwd", "combine_carries", "sum_parts"} == set(names)
     assert names.count("sum_parts") == 1
@@ -120,23 +115,10 @@ def test_launches_get_what_the_struct_names(recorder):
 
 
 def test_a_block_never_crosses_a_group_border(recorder):
-    forward(*cases.make(dim=24, B=4, C=6))
+    scan(*cases.make(dim=24, B=4, C=6))
     *_, blocks, _, numbers, _ = recorder.launched[0]
     assert numbers["span"] == 2  # groups of 6 and of 4 channels
     assert blocks == 2 * 24 // 2
-
-
-def test_plans_are_found_again_and_depend_on_alignment(recorder):
-    arguments, options = cases.make(dtype="bfloat16", length=64)
-    forward(arguments, options)
-    compiled = len(recorder.compiled)
-    forward(arguments, options)
-    assert len(recorder.compiled) == compiled
-    room = np.empty(arguments["u"].size + 1, arguments["u"].dtype)
-    arguments["u"] = room[1:].reshape(arguments["u"].shape)
-    forward(arguments, options)
-    assert dict(recorder.compiled[-1][2])["VECTOR"] == 1
-    assert len(recorder.compiled) > compiled
 
 
 @pytest.fixture
