@@ -107,7 +107,7 @@ def test_state_update(memory, normal, state_size, dtype, A_dtype, groups):
     given, after = (x, dt, A, B, C, D, z, bias), wide(state)
     wanted = state_update.selective_state_update(after, *map(wide, given), dt_softplus=True)
     args = checks_conv.selective_state_update("test", state, *given)._replace(xp=memory)
-    y = selective_state_update._on_gpu(args, True)
+    y = selective_state_update._on_gpu(selective_state_update._plan(args, True), (state, *given))
     assert cases.relative_error(y, wanted) <= TOLERANCE[dtype]
     assert cases.relative_error(state, after) <= TOLERANCE["float64" if dtype == "float64" else "float32"]
 

@@ -15,10 +15,12 @@ import test_kernels
 
 from mambacupy import (
     checks,
+    checks_conv,
     kernels,
     selective_scan,
     selective_scan_bwd,
     selective_scan_fwd,
+    selective_state_update,
 )
 from mambacupy.ops import plans
 
@@ -126,6 +128,14 @@ def test_plans_depend_on_alignment_strides_and_options(launched):
         selective_scan(**arguments | change)
     assert len({repr(launch[:-1]) for launch in launched}) == len(changes)
     assert dict(launched[0][2])["VECTOR"] == 8 and dict(launched[1][2])["VECTOR"] == 1
+
+
+def test_a_step_of_the_same_kind_is_not_checked_again(launched, monkeypatch):
+    x, state, A, B = (on_gpu(np.empty(shape, np.float32)) for shape in ((2, 24), (2, 24, 16), (24, 16), (2, 16)))
+    selective_state_update(state, x, x, A, B, B)
+    monkeypatch.setattr(checks_conv, "selective_state_update", None)
+    y = selective_state_update(state, x, x, A, B, B)
+    assert len(launched) == 2 and launched[1][-1]["y"] is y and launched[1][-1]["B"] is B
 
 
 @pytest.mark.parametrize("together", [0, plans.TOGETHER])
