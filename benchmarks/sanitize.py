@@ -17,6 +17,7 @@ from mambacupy import (
 from mambacupy.decoder import Decoder
 from mambacupy.layers import map_params
 from mambacupy.models import MambaConfig, MambaLM
+from mambacupy.ops import plans
 from mambacupy.ops.linear import embedding_bwd, embedding_fwd
 from mambacupy.ops.loss import softmax_cross_entropy_bwd, softmax_cross_entropy_fwd
 from mambacupy.ops.norm import layer_norm_bwd, layer_norm_fwd, rms_norm_bwd, rms_norm_fwd
@@ -28,6 +29,7 @@ ROWS = ("base", "bfloat16", "complex-bfloat16", "channel-order-bfloat16", "group
 def main():
     without_library = sys.argv[1:] == ["without-library"]  # initcheck takes what cuBLAS writes for unwritten
     cp.cuda.set_allocator(None)  # an allocation of its own for every array, so that stepping over an end is seen
+    plans.TOGETHER = 0
     parts = [scans(), *(operations(dtype) for dtype in ("float32", "bfloat16"))]
     if not without_library:
         parts += [with_library(dtype) for dtype in ("float32", "bfloat16")]

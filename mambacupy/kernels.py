@@ -10,10 +10,12 @@ and it is the single list of arguments: they are taken by name and packed in its
 (`Kernel.prepare`), the pointers at every launch.
 """
 
+import contextlib
 import functools
 import hashlib
 import re
 import struct
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,6 +110,24 @@ def address(array):
     return 0 if array is None else array.data.ptr
 
 
+_HERE = contextlib.nullcontext()
+
+
+def device_of(array):
+    """A context in which an array's device is the current one. Entering CuPy's own takes four times as long as asking."""
+    import cupy
+
+    return _HERE if array.data.device_id == cupy.cuda.runtime.getDevice() else array.device
+
+
+def _by_value(params):
+    """An array of numbers as CuPy takes a struct that is passed by value. A NumPy array of one struct would do too, and take
+    as long to describe to CuPy as it takes to launch."""
+    from cupy.cuda.function import CPointer
+
+    return CPointer(params.ctypes.data)
+
+
 class Kernel:
     """A compiled kernel. Compiles on its first launch on each device.
 
@@ -128,7 +148,7 @@ class Kernel:
         self.pointers, self.numbers = parameter_names(source)
         self._raw = cupy.RawModule(code=source, options=OPTIONS).get_function(name)
         self._shared_bytes = shared_bytes
-        self._allowed = set()  # devices on which the kernel may take that much shared memory
+        self._device, self._functions = cupy.cuda.runtime.getDevice, {}
 
     def prepare(self, blocks, threads, numbers, overlap=False):
         """All of a launch but its pointers.
@@ -148,27 +168,27 @@ class Kernel:
             Launches on the current device and stream, without synchronising, given a dict with every pointer of `Params` by
             name: an array, an address in one, or None for a null pointer.
         """
-        grids = []
-        for first in range(0, blocks, MAX_BLOCKS):
-            values = numbers | {"first_block": first}
-            packed = struct.pack(f"{len(self.numbers)}q", *(values[name] for name in self.numbers))
-            grids.append(((min(blocks - first, MAX_BLOCKS),), packed))
-        names, raw, shared_bytes = self.pointers, self._raw, self._shared_bytes
+        names, shared_bytes, overlapped = self.pointers, self._shared_bytes, None
         if overlap:
             from mambacupy.overlapping import overlapping
 
-            raw = overlapping(raw)
-        pack = struct.Struct(f"{len(names)}Q").pack
-        by_value = np.dtype((np.void, 8 * (len(names) + len(self.numbers))))
+            overlapped = overlapping(self._raw)
+        grids = []
+        for first in range(0, blocks, MAX_BLOCKS):
+            values = numbers | {"first_block": first}
+            params = np.array([0] * len(names) + [values[name] for name in self.numbers], np.int64)
+            grids.append(((min(blocks - first, MAX_BLOCKS),), params, (params if overlap else _by_value(params),)))
+        write, lock = struct.Struct(f"{len(names)}Q").pack_into, threading.Lock()
 
         def launch(arrays):
-            given = map(arrays.__getitem__, names)
-            pointers = pack(*[0 if x is None else x if type(x) is int else x.data.ptr for x in given])
+            pointers = [0 if (x := arrays[name]) is None else x if type(x) is int else x.data.ptr for name in names]
             try:
-                if shared_bytes:
-                    self._allow_shared_memory()
-                for grid, packed in grids:
-                    raw(grid, (threads,), (np.frombuffer(pointers + packed, by_value),), shared_mem=shared_bytes)
+                function = self._function()
+                run = overlapped or function
+                for grid, params, argument in grids:
+                    with lock:  # another thread may be about to launch the same
+                        write(params, 0, *pointers)
+                        run(grid, (threads,), argument, shared_bytes)
             except Exception as error:
                 from mambacupy import environment  # whose imports take as long as all others of `import mambacupy`
 
@@ -179,14 +199,15 @@ class Kernel:
 
         return launch
 
-    def _allow_shared_memory(self):
-        """More dynamic shared memory than 48 KiB is asked for, once on each device."""
-        import cupy
-
-        device = cupy.cuda.runtime.getDevice()
-        if device not in self._allowed:
-            self._raw.max_dynamic_shared_size_bytes = self._shared_bytes
-            self._allowed.add(device)
+    def _function(self):
+        """The kernel on the current device. More dynamic shared memory than 48 KiB is asked for, once on each."""
+        device = self._device()
+        function = self._functions.get(device)
+        if function is None:
+            if self._shared_bytes:
+                self._raw.max_dynamic_shared_size_bytes = self._shared_bytes
+            function = self._functions[device] = self._raw.kernel
+        return function
 
 
 @functools.cache

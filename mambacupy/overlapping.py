@@ -33,7 +33,7 @@ class _Config(ctypes.Structure):
 
 
 def overlapping(raw):
-    """A `cupy.RawKernel` of one argument as a function that is called as it is, on the current device and stream.
+    """A `cupy.RawKernel` of one argument as a function that is called as its `kernel` is, on the current device and stream.
 
     Raises
     ------
@@ -44,8 +44,8 @@ def overlapping(raw):
 
     attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
 
-    def launch(grid, block, args, *, shared_mem=0):
-        (argument,) = args  # a NumPy array of one element, passed by value
+    def launch(grid, block, args, shared_mem=0):
+        (argument,) = args  # a NumPy array, passed by value
         config = _Config(
             (*grid, 1, 1), (*block, 1, 1), shared_mem, cupy.cuda.get_current_stream().ptr, ctypes.pointer(attribute), 1
         )

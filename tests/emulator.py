@@ -12,11 +12,13 @@ import subprocess
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 
-from mambacupy import kernels
-from mambacupy.ops import plans
+from mambacupy import checks, kernels
+from mambacupy.ops import plans, scan_kernels
+from mambacupy.reference import SelectiveScanSaved
 
 H100 = kernels.Device(multiprocessors=132, shared_bytes=232448, shared_bytes_of_multiprocessor=233472)
 
@@ -109,14 +111,49 @@ def install(monkeypatch, device=H100):
     monkeypatch.setattr(plans, "_plans", {})
 
 
+class Pointer(NamedTuple):
+    """Stands in for `cupy.cuda.MemoryPointer`."""
+
+    room: np.ndarray
+    start: int
+
+    @property
+    def ptr(self):
+        return self.room.ctypes.data + self.start
+
+    def __add__(self, offset):
+        return Pointer(self.room, self.start + offset)
+
+
 class Memory:
     """NumPy with fresh memory as CuPy's is: aligned, and of unknown content."""
+
+    def __init__(self):
+        self.cuda = SimpleNamespace(alloc=self._alloc)
 
     def __getattr__(self, name):
         return getattr(np, name)
 
-    def empty(self, shape, dtype):
-        size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    def _alloc(self, size):
         room = np.full(size + 512, 0xFF, np.uint8)  # NaN in every dtype
-        start = -room.ctypes.data % 512
-        return room[start : start + size].view(dtype).reshape(shape)
+        return Pointer(room, -room.ctypes.data % 512)
+
+    def ndarray(self, shape, dtype, memptr=None, strides=None):
+        if memptr is None:
+            memptr = self._alloc(int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize)
+        return np.ndarray(shape, dtype, memptr.room, memptr.start, strides)
+
+    empty = ndarray
+
+
+def scan(arguments, options, dy, dlast_state, calls=1):
+    """(y, last_state, states), and the gradients, as CuPy arrays get them: by one plan for all calls. Results of the last."""
+    args = checks.selective_scan("test", **arguments, discretization=options["discretization"])._replace(xp=Memory())
+    direction = options["delta_softplus"], options["reverse"]
+    forward = scan_kernels.plan_forward(args, *direction, True)
+    backward = scan_kernels.plan_backward(args, *direction, dy, dlast_state, arguments["B"], arguments["C"])
+    tensors = [arguments[name] for name in SelectiveScanSaved._fields[:9]]
+    for _ in range(calls):
+        results = scan_kernels.forward(forward, tensors)
+        grads = scan_kernels.backward(backward, tensors, results[2], dy, dlast_state)
+    return results, grads

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import scans
 
-from mambacupy import checks, kernels, reference
-from mambacupy.ops import scan_kernels
+from mambacupy import kernels, reference
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
 
@@ -102,8 +101,4 @@ def check(monkeypatch, device, case, arguments, options):
 def run(monkeypatch, device, arguments, options, dy, dlast_state):
     """(y, last_state, states), and the gradients."""
     emulator.install(monkeypatch, device)
-    args = checks.selective_scan("test", **arguments, discretization=options["discretization"])
-    args = args._replace(xp=emulator.Memory())
-    direction = options["delta_softplus"], options["reverse"]
-    got = scan_kernels.forward(args, *direction, True)
-    return got, scan_kernels.backward(args, *direction, got[2], dy, dlast_state, arguments["B"], arguments["C"])
+    return emulator.scan(arguments, options, dy, dlast_state)

@@ -2,14 +2,18 @@
 
 import re
 import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import cases
-import numpy as np
+import emulator
 import pytest
+import scans
 
-from mambacupy import checks, kernels
-from mambacupy.ops import plans, scan_kernels
+from mambacupy import kernels
+from mambacupy.ops import plans
 
 DEVICES = {
     "75": kernels.Device(multiprocessors=40, shared_bytes=65536, shared_bytes_of_multiprocessor=65536),
@@ -49,15 +53,9 @@ def record(patch, architecture="90"):
     return recorder
 
 
-def forward(arguments, options):
-    args = checks.selective_scan("test", **arguments, discretization=options["discretization"])
-    return args, scan_kernels.forward(args, options["delta_softplus"], options["reverse"], True)
-
-
-def backward(arguments, options):
-    args, (y, last_state, states) = forward(arguments, options)
-    direction = options["delta_softplus"], options["reverse"]
-    scan_kernels.backward(args, *direction, states, y, last_state, arguments["B"], arguments["C"])
+def scan(arguments, options):
+    """Both directions."""
+    emulator.scan(arguments, options, *scans.incoming(arguments))
 
 
 def instantiations():
@@ -67,7 +65,7 @@ def instantiations():
         recorder = record(patch)
         for row, changes in cases.ROWS.items():
             recorder.compiled.clear()
-            backward(*cases.make(**changes))
+            scan(*cases.make(**changes))
             for file, _, constants in recorder.compiled:
                 found.setdefault((file, constants), row)
     return [pytest.param(file, dict(constants), id=f"{file}-{row}") for (file, constants), row in found.items()]
@@ -98,7 +96,7 @@ def test_blocks_fit_the_device(monkeypatch, architecture):
     pytest.importorskip("cupy")
     recorder = record(monkeypatch, architecture)
     for changes in cases.ROWS.values():
-        backward(*cases.make(**(changes | {"dim": 264})))
+        scan(*cases.make(**(changes | {"dim": 264})))
     for (file, _, constants), shared_bytes in recorder.shared_bytes.items():
         assert shared_bytes <= DEVICES[architecture].shared_bytes
         source = kernels.specialise(file, dict(constants))
@@ -106,7 +104,7 @@ def test_blocks_fit_the_device(monkeypatch, architecture):
 
 
 def test_launches_get_what_the_struct_names(recorder):
-    backward(*cases.make(state=100, batch=1, dim=8, length=5000, B=2))
+    scan(*cases.make(state=100, batch=1, dim=8, length=5000, B=2))
     names = [name for _, name, *_ in recorder.launched]
     assert {"selective_scan_fwd", "selective_scan_bwd", "combine_carries", "sum_parts"} == set(names)
     assert names.count("sum_parts") == 1
@@ -117,23 +115,10 @@ def test_launches_get_what_the_struct_names(recorder):
 
 
 def test_a_block_never_crosses_a_group_border(recorder):
-    forward(*cases.make(dim=24, B=4, C=6))
+    scan(*cases.make(dim=24, B=4, C=6))
     *_, blocks, _, numbers, _ = recorder.launched[0]
     assert numbers["span"] == 2  # groups of 6 and of 4 channels
     assert blocks == 2 * 24 // 2
-
-
-def test_plans_are_found_again_and_depend_on_alignment(recorder):
-    arguments, options = cases.make(dtype="bfloat16", length=64)
-    forward(arguments, options)
-    compiled = len(recorder.compiled)
-    forward(arguments, options)
-    assert len(recorder.compiled) == compiled
-    room = np.empty(arguments["u"].size + 1, arguments["u"].dtype)
-    arguments["u"] = room[1:].reshape(arguments["u"].shape)
-    forward(arguments, options)
-    assert dict(recorder.compiled[-1][2])["VECTOR"] == 1
-    assert len(recorder.compiled) > compiled
 
 
 @pytest.fixture
@@ -169,13 +154,47 @@ def test_arguments_follow_the_struct():
     assert kernels.parameter_names(source) == (("x0", "x1", "y"), ("n0", "n1", "n2", "m"))
 
 
-def test_a_pointer_is_of_an_array_or_an_address_or_null():
+@pytest.fixture
+def launches(monkeypatch):
+    """A kernel without a GPU, given its pointers and numbers; and what it is launched with."""
     calls = []
-    kernel = kernels.Kernel.__new__(kernels.Kernel)
-    kernel.pointers, kernel.numbers, kernel._shared_bytes = ("x", "y", "z"), ("first_block",), 0
-    kernel._raw = lambda grid, block, args, shared_mem: calls.append(args[0].view(np.int64).tolist())
-    kernel.prepare(1, 32, {})({"x": SimpleNamespace(data=SimpleNamespace(ptr=512)), "y": 528, "z": None})
-    assert calls == [[512, 528, 0, 0]]
+    monkeypatch.setattr(kernels, "_by_value", lambda params: params)
+
+    def make(pointers, numbers):
+        kernel = kernels.Kernel.__new__(kernels.Kernel)
+        kernel.pointers, kernel.numbers, kernel._shared_bytes = pointers, numbers, 0
+        kernel._function = lambda: lambda grid, block, args, shared_mem: calls.append((grid, block, args[0].tolist()))
+        return kernel
+
+    return make, calls
+
+
+def test_a_pointer_is_of_an_array_or_an_address_or_null(launches):
+    make, calls = launches
+    array = SimpleNamespace(data=SimpleNamespace(ptr=512))
+    make(("x", "y", "z"), ("first_block",)).prepare(1, 32, {})({"x": array, "y": 528, "z": None})
+    assert calls == [((1,), (32,), [512, 528, 0, 0])]
+
+
+def test_threads_launch_with_their_own_pointers(launches):
+    make, _ = launches
+    kernel, seen = make(("x",), ("first_block",)), []
+
+    def run(grid, block, args, shared_mem):
+        time.sleep(0.001)  # where another thread may write
+        seen.append((threading.get_ident(), args[0][0]))
+
+    kernel._function = lambda: run
+    launch, own = kernel.prepare(1, 32, {}), []
+
+    def calls(address):
+        for _ in range(20):
+            own.append((threading.get_ident(), address))
+            launch({"x": address})
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(calls, range(4)))
+    assert sorted(seen) == sorted(own)
 
 
 def test_arrays_in_one_allocation_are_apart_and_aligned():
@@ -183,10 +202,7 @@ def test_arrays_in_one_allocation_are_apart_and_aligned():
     assert starts == {"a": 0, "b": 256, "c": 512, "d": 1024} and size == 1024
 
 
-def test_grids_hold_any_number_of_blocks():
-    calls = []
-    kernel = kernels.Kernel.__new__(kernels.Kernel)
-    kernel.pointers, kernel.numbers, kernel._shared_bytes = (), ("n", "first_block"), 0
-    kernel._raw = lambda grid, block, args, shared_mem: calls.append((grid, block, args[0].view(np.int64).tolist()))
-    kernel.prepare(2**31 + 9, 128, {"n": 3})({})
+def test_grids_hold_any_number_of_blocks(launches):
+    make, calls = launches
+    make((), ("n", "first_block")).prepare(2**31 + 9, 128, {"n": 3})({})
     assert calls == [((2**31 - 1,), (128,), [3, 0]), ((10,), (128,), [3, 2**31 - 1])]

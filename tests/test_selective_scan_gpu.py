@@ -1,5 +1,7 @@
 """The forward kernel on a GPU, against the float64 oracle and against itself."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import cases
 import numpy as np
 import pytest
@@ -163,6 +165,16 @@ def test_a_non_default_stream_and_no_synchronisation(cp):
         assert not stream.done
         stream.synchronize()
     assert cp.asnumpy(y).tobytes() == wanted.tobytes()
+
+
+def test_threads_at_the_same_time(cp):
+    gpu, options = on_gpu(cases.make()[0]), cases.make()[1]
+    given = [gpu | {"u": gpu["u"] * n} for n in range(8)]
+    wanted = [cp.asnumpy(selective_scan(**one, **options)) for one in given]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(20):
+            got = pool.map(lambda one: cp.asnumpy(selective_scan(**one, **options)), given)
+            assert [y.tobytes() for y in got] == [y.tobytes() for y in wanted]
 
 
 def test_nan_stays_in_its_channel(cp):

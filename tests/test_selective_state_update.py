@@ -136,11 +136,9 @@ def recorder(monkeypatch):
 def launch(arguments, state=None):
     a = {k: v[..., 0] if v is not None and k in ("u", "delta", "z", "B", "C") else v for k, v in arguments.items()}
     state = a["initial_state"] if state is None else state
-    args = checks_conv.selective_state_update(
-        "test", state, a["u"], a["delta"], a["A"], np.ascontiguousarray(a["B"]), np.ascontiguousarray(a["C"]),
-        a["D"], a["z"], a["delta_bias"],
-    )  # fmt: skip
-    module._on_gpu(args, True)
+    B, C = np.ascontiguousarray(a["B"]), np.ascontiguousarray(a["C"])
+    tensors = (state, a["u"], a["delta"], a["A"], B, C, a["D"], a["z"], a["delta_bias"])
+    module._on_gpu(module._plan(checks_conv.selective_state_update("test", *tensors), True), tensors)
 
 
 @pytest.mark.parametrize("row", ROWS)

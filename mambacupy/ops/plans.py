@@ -14,19 +14,30 @@ _plans = {}
 
 
 def planned(make, given, tensors, options):
-    """The plan `make(*given)`, from memory where it was made before on this device.
+    """What `make(*given)` returns, from memory where it was called before with such arrays and options.
 
     Parameters
     ----------
     make : callable
+        Checks the arguments, where that was not done before, and makes a plan. None is not remembered: it stands for whatever
+        needs no plan.
     given : tuple
         Its arguments.
     tensors : sequence of array or None
-        All arrays among them. A plan may depend on how they lie, not on what they hold.
+        All arrays among them. A plan may depend on what they are, where they are and how they lie, not on what they hold.
     options : tuple
-        All else that the plan depends on.
+        All else that the checks and the plan depend on.
     """
-    return _remembered((make, kernels.device(), *options, *map(_kind, tensors)), make, *given)
+    try:
+        key = (make, *options, *map(_kind, tensors))
+        plan = _plans.get(key)
+    except (AttributeError, TypeError, ValueError):  # not only CuPy arrays, or an option that is no key
+        return make(*given)
+    if plan is None:
+        plan = make(*given)
+        if plan is not None:
+            _remember(key, plan)
+    return plan
 
 
 def prepared(file, name, constants, blocks, threads, numbers):
@@ -38,15 +49,23 @@ def prepared(file, name, constants, blocks, threads, numbers):
 def _remembered(key, make, *given):
     plan = _plans.get(key)
     if plan is None:
-        if len(_plans) >= 1024:
-            _plans.clear()
-        plan = _plans[key] = make(*given)
+        plan = make(*given)
+        _remember(key, plan)
     return plan
 
 
+def _remember(key, plan):
+    if len(_plans) >= 1024:
+        _plans.clear()
+    _plans[key] = plan
+
+
 def _kind(x):
-    """All of an array that a plan depends on: an access is up to 32 bytes wide, where dy is wider than u."""
-    return None if x is None else (x.dtype.num, x.shape, x.strides, kernels.address(x) & 31)
+    """All of a CuPy array that a plan depends on: an access is up to 32 bytes wide, where dy is wider than u."""
+    if x is None:
+        return None
+    data = x.data
+    return type(x), x.dtype, x.shape, x.strides, data.ptr & 31, data.device_id
 
 
 def _prepare(file, name, constants, blocks, threads, numbers):
@@ -102,14 +121,11 @@ def _prepare_sums(real, sums, reals):
     numbers = {f"{name}{k}": value for k, layout in enumerate(layouts) for name, value in layout.items()} | {"reals": reals}
     blocks = sum(layout["blocks"] for layout in layouts)
     launch = _prepare("sum_parts.cu", "sum_parts", {"REAL": kernels.C_TYPES[real]}, blocks, 256, numbers)
-    names = [(f"parts{k}", f"out{k}") for k in range(MOST_SUMS)]
-    none = dict.fromkeys(name for pair in names for name in pair)
+    names = [f"{name}{k}" for k in range(MOST_SUMS) for name in ("parts", "out")]
+    unused = [None] * (len(names) - 2 * len(sums))
 
     def launch_pairs(pairs):
-        given = none.copy()
-        for (parts, out), pair in zip(names, pairs, strict=False):
-            given[parts], given[out] = pair
-        launch(given)
+        launch(dict(zip(names, [x for pair in pairs for x in pair] + unused, strict=True)))
 
     return launch_pairs
 
@@ -158,6 +174,12 @@ def empty(xp, shape, dtype, axis):
     return xp.empty(shape, dtype) if axis == 2 else xp.empty((*outer, length, dim), dtype).swapaxes(-1, -2)
 
 
+def fresh_strides(x, axis):
+    """Strides of fresh memory of x's shape (batch, dim, length), and dtype, in which `axis` is contiguous."""
+    (_, dim, length), size = x.shape, x.itemsize
+    return (dim * length * size, size, dim * size) if axis == 1 else None
+
+
 def strides(x, **axes):
     """Strides of x by name, in elements, along the axes given; zeros for None."""
     return {name: 0 if x is None else x.strides[axis] // x.itemsize for name, axis in axes.items()}
@@ -178,6 +200,56 @@ def widest_access(axis, tensors, most=16):
     most = min(most, 16 // min(x.itemsize for x in tensors))
     starts = (n // x.itemsize for x in tensors for n in (kernels.address(x), x.strides[0], x.strides[3 - axis]))
     return math.gcd(most, tensors[0].shape[axis], *starts)
+
+
+TOGETHER = 2**23
+"""Bytes up to which arrays share an allocation: a GPU has filled them before the host could allocate one by one, and an array
+that is kept keeps no more than this beside it."""
+
+
+class Fresh(NamedTuple):
+    """One allocation of a call."""
+
+    size: int
+    arrays: tuple  # (name, start, shape, dtype, strides or None where C-contiguous)
+    scratch: tuple  # (name, start) of what kernels alone see, by its address
+
+
+def fresh(arrays, scratch=None):
+    """How to allocate arrays: together, or one by one where they are large.
+
+    Parameters
+    ----------
+    arrays : dict
+        (shape, dtype, strides or None) by name.
+    scratch : dict, optional
+        Bytes by name.
+
+    Returns
+    -------
+    list of Fresh
+        For `allocate`.
+    """
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype, _) in arrays.items()}
+    starts, size = room(sizes | (scratch or {}))
+    if size > TOGETHER and len(starts) > 1:
+        alone = [fresh({name: x}) for name, x in arrays.items()] + [fresh({}, {name: n}) for name, n in (scratch or {}).items()]
+        return [one for (one,) in alone]
+    placed = tuple((name, starts[name], *x) for name, x in arrays.items())
+    return [Fresh(size, placed, tuple((name, starts[name]) for name in scratch or ()))] if starts else []
+
+
+def allocate(xp, allocations, given):
+    """Put fresh arrays, and addresses of scratch, into `given` by name. Scratch lasts as long as what comes back is kept."""
+    held, ndarray = [], xp.ndarray
+    for size, arrays, scratch in allocations:
+        memory = xp.cuda.alloc(size)
+        held.append(memory)
+        for name, start, shape, dtype, strides in arrays:
+            given[name] = ndarray(shape, dtype, memory + start, strides)
+        for name, start in scratch:
+            given[name] = memory.ptr + start
+    return held
 
 
 def room(sizes):

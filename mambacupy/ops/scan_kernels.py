@@ -1,7 +1,7 @@
 """The selective scan on a GPU: from checked CuPy arrays to launches of the kernels in cuda_src/."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mambacupy import arrays, kernels
 from mambacupy.ops import mapping, plans
@@ -57,22 +57,16 @@ def _coefficient_strides(x, groups, complex_states):
 
 # ---------------------------------------------------------------------------------------------------- plans
 class _Plan(NamedTuple):
+    """All of a call but its arrays."""
+
+    xp: Any
     axis: int  # of u that is contiguous in memory, and of all tensors like u
-    copied: tuple  # names of tensors that have to be copied into that order
-    split: tuple  # names of other arrays that have to be copied because their elements lie across boundaries
-    mapping: mapping.Mapping
-    slices: list  # (slice of the states or None for all, launches)
-    room: tuple  # of what only the launches of a call need: where each array begins, by name, and bytes in all
+    fresh: list  # what a call allocates
+    copied: tuple = ()  # names of tensors that have to be copied into that order
+    split: tuple = ()  # names of other arrays that have to be copied because their elements lie across boundaries
+    slices: list = ()  # (slice of the states or None for all, launches); none where u is empty
     sums: tuple = ()  # names of the gradients that are sums over blocks
-    launch_sums: object = None  # after the slices
-
-
-def _planned(make, args, delta_softplus, reverse, *incoming):
-    """The plan `make(args, delta_softplus, reverse, *incoming)`; `incoming` are arrays or None."""
-    delta_softplus, reverse = bool(delta_softplus), bool(reverse)
-    tensors = (args.u, args.delta, args.A, args.B, args.C, args.D, args.z, args.delta_bias, args.initial_state, *incoming)
-    options = (args.zoh, delta_softplus, reverse)
-    return plans.planned(make, (args, delta_softplus, reverse, *incoming), tensors, options)
+    launch_sums: Any = None  # after the slices
 
 
 def _made_whole(args):
@@ -189,26 +183,24 @@ def _slice_of(given, here):
         elif name in _LAST_AXIS_IS_STATE or (name in "BC" and x.ndim == 2):
             cut[name] = x[..., here]
         else:
-            cut[name] = x[:, :, here] if name in "BC" else x
+            cut[name] = x[..., here, :] if name in "BC" else x
     return cut
 
 
-def _arrays(args, plan, more):
-    """All arrays of a call by name, each as the plan wants it; `more` are those beside its arguments."""
-    given = {
-        "u": args.u, "delta": args.delta, "A": args.A, "B": args.B, "C": args.C, "D": args.D, "z": args.z,
-        "delta_bias": args.delta_bias, "initial_state": args.initial_state, "carries": None, "totals": None, **more,
-    }  # fmt: skip
+_TENSORS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
+"""Arguments in the order of `SelectiveScanSaved`."""
+
+_NOTHING = dict.fromkeys(("carries", "totals", "states", "dz", "dD", "dbias", "dinitial_state", "dD_parts", "dbias_parts"))
+
+
+def _given(plan, tensors, more):
+    """All arrays of a call by name, each as the plan wants it: its arguments, `more`, and fresh ones."""
+    given = {**_NOTHING, **dict(zip(_TENSORS, tensors, strict=True)), **more}
     for name in plan.copied:
         given[name] = plans.in_order(given[name], plan.axis)
     for name in plan.split:
         given[name] = given[name].copy()
-    starts, size = plan.room
-    if size:  # one allocation, of which kernels get addresses: arrays of their own would cost the host as much each
-        given["room"] = room = args.xp.empty((size,), "u1")
-        address = kernels.address(room)
-        for name, start in starts.items():
-            given[name] = address + start
+    given["memory"] = plans.allocate(plan.xp, plan.fresh, given)  # held until all is launched
     return given
 
 
@@ -224,7 +216,18 @@ def _run(plan, given, sums, came, left):
 
 
 # ---------------------------------------------------------------------------------------------------- forward
-def _plan_forward(args, delta_softplus, reverse):
+def plan_forward(args, delta_softplus, reverse, save):
+    """The plan of a scan of such arrays.
+
+    Parameters
+    ----------
+    args : checks.ScanArguments
+        Of CuPy arrays on the current device.
+    delta_softplus, reverse, save : bool
+        `save`: keep the states at chunk borders.
+    """
+    if args.u.size == 0:
+        return _Plan(args.xp, 2, _fresh_results(args, 2, save, {}))
     args, split = _made_whole(args)
     most = mapping.states_of_a_launch(args, forward=True)
     layout = mapping.forward(args, min(args.state, most), kernels.device())
@@ -235,43 +238,66 @@ def _plan_forward(args, delta_softplus, reverse):
         (here, _launches(args, layout, "selective_scan_fwd", common, numbers | {"state": count}, args.initial_state, 0))
         for here, count in _slices(args.state, most)
     ]
-    return _Plan(common.axis, common.copied, split, layout, slices, plans.room(_carries(args, layout)))
+    fresh = _fresh_results(args, common.axis, save, _carries(args, layout))
+    return _Plan(args.xp, common.axis, fresh, common.copied, split, slices)
 
 
-def forward(args, delta_softplus, reverse, save):
+def _fresh_results(args, axis, save, scratch):
+    """Allocations of a scan, one for each array: the caller keeps them for different times."""
+    results = {"y": _like_u(args, axis), "last_state": ((args.batch, args.dim, args.state), args.A.dtype, None)}
+    if save:
+        results["states"] = ((args.batch, -(-args.length // CHUNK), args.dim, args.state), args.A.dtype, None)
+    return sum((plans.fresh({name: x}) for name, x in results.items()), plans.fresh({}, scratch))
+
+
+def _like_u(args, axis):
+    """What `plans.fresh` wants to know of an array like u."""
+    return args.u.shape, args.u.dtype, plans.fresh_strides(args.u, axis)
+
+
+def forward(plan, tensors):
     """Scan.
 
     Parameters
     ----------
-    args : checks.ScanArguments
-        Of CuPy arrays on the current device.
-    delta_softplus, reverse, save : bool
-        `save`: keep the states at chunk borders.
+    plan : from `plan_forward`
+    tensors : sequence of array or None
+        Arguments as `selective_scan` orders them, up to delta_bias, and initial_state.
 
     Returns
     -------
     y, last_state, states : array
-        `states` (batch, chunks, dim, state) holds the state that enters each chunk; None without `save`.
+        `states` (batch, chunks, dim, state) holds the state that enters each chunk; None where the plan does not save them.
     """
-    xp, batch, dim, length, state = args.xp, args.batch, args.dim, args.length, args.state
-    last_state = xp.empty((batch, dim, state), args.A.dtype)
-    states = xp.empty((batch, -(-length // CHUNK), dim, state), args.A.dtype) if save else None
-    if args.u.size == 0:
-        last_state[...] = 0 if args.initial_state is None else args.initial_state
-        return xp.empty(args.u.shape, args.u.dtype), last_state, states
-    plan = _planned(_plan_forward, args, delta_softplus, reverse)
-    y = plans.empty(xp, args.u.shape, args.u.dtype, plan.axis)
-    given = _arrays(args, plan, {"y": y, "last_state": last_state, "states": states})
-    given["enters"] = given["initial_state"]
+    given = _given(plan, tensors, {})
+    initial_state, u = given["initial_state"], given["u"]
+    if not plan.slices:
+        given["last_state"][...] = 0 if initial_state is None else initial_state
+    given["enters"] = initial_state
     parts = None
     if len(plan.slices) > 1:  # every slice of the states but the last leaves its part of Σ_n C·h here
-        parts = plans.empty(xp, args.u.shape, arrays.compute_dtype(args.u.dtype), plan.axis)
+        parts = plans.empty(plan.xp, u.shape, arrays.compute_dtype(u.dtype), plan.axis)
     _run(plan, given, parts, "parts_in", "parts_out")
-    return y, last_state, states
+    return given["y"], given["last_state"], given["states"]
 
 
 # ---------------------------------------------------------------------------------------------------- backward
-def _plan_backward(args, delta_softplus, reverse, dy, dlast_state):
+def plan_backward(args, delta_softplus, reverse, dy, dlast_state, B, C):
+    """The plan of a scan's gradients.
+
+    Parameters
+    ----------
+    args : checks.ScanArguments
+        The forward scan's.
+    delta_softplus, reverse : bool
+        As they were.
+    dy, dlast_state : array
+        Gradients of y and, or None, of last_state.
+    B, C : array
+        As the caller gave them; their gradients have their shapes.
+    """
+    if args.u.size == 0:
+        return _Plan(args.xp, 2, _fresh_gradients(args, 2, B, C, {}))
     args, split = _made_whole(args)
     if dlast_state is not None and not plans.is_whole(dlast_state):
         dlast_state, split = dlast_state.copy(), (*split, "dlast_state")
@@ -292,8 +318,8 @@ def _plan_backward(args, delta_softplus, reverse, dy, dlast_state):
     real = arrays.compute_dtype(args.u.dtype)
     sizes = {f"{name}_parts": x.outer * x.count * x.rows * x.columns * real.itemsize for name, x in sums.items()}
     launch_sums = plans.sums_of_parts(real.name, tuple(sums.values()), 1 + args.complex)
-    room = plans.room(_carries(args, layout) | sizes)
-    return _Plan(common.axis, common.copied, split, layout, slices, room, tuple(sums), launch_sums)
+    fresh = _fresh_gradients(args, common.axis, B, C, _carries(args, layout) | sizes)
+    return _Plan(args.xp, common.axis, fresh, common.copied, split, slices, tuple(sums), launch_sums)
 
 
 def _sums(args, layout, common):
@@ -315,52 +341,53 @@ def _sums(args, layout, common):
     return sums
 
 
-def backward(args, delta_softplus, reverse, states, dy, dlast_state, B, C):
+def _fresh_gradients(args, axis, B, C, scratch):
+    """Allocations of the gradients: of parameters, which are kept for long, and of all else."""
+
+    def like(**named):
+        return {name: (x.shape, x.dtype, None) for name, x in named.items() if x is not None}
+
+    parameters = like(dA=args.A, dD=args.D, dbias=args.delta_bias)
+    others = like(dB=B, dC=C, dinitial_state=args.initial_state) | dict.fromkeys(("du", "ddelta"), _like_u(args, axis))
+    if args.z is not None:
+        others["dz"] = _like_u(args, axis)
+    return plans.fresh(parameters) + plans.fresh(others, scratch)
+
+
+def backward(plan, tensors, states, dy, dlast_state):
     """Gradients of a scan.
 
     Parameters
     ----------
-    args : checks.ScanArguments
-        The forward scan's.
-    delta_softplus, reverse : bool
-        As they were.
+    plan : from `plan_backward`
+    tensors : sequence of array or None
+        Arguments of the forward scan, as `forward` takes them.
     states : array (batch, chunks, dim, state)
         As `forward` kept them.
     dy, dlast_state : array
         Gradients of y and, or None, of last_state.
-    B, C : array
-        As the caller gave them; their gradients have their shapes.
 
     Returns
     -------
     SelectiveScanGrads
     """
-    xp, batch, dim, state = args.xp, args.batch, args.dim, args.state
-    dinitial = None if args.initial_state is None else xp.empty((batch, dim, state), args.A.dtype)
-    if args.u.size == 0:
-        if dinitial is not None:
-            dinitial[...] = 0 if dlast_state is None else dlast_state
-        zeros = [
-            None if x is None else xp.zeros(x.shape, x.dtype)
-            for x in (args.u, args.delta, args.A, B, C, args.D, args.z, args.delta_bias)
-        ]
-        return SelectiveScanGrads(*zeros, dinitial)
-    plan = _planned(_plan_backward, args, delta_softplus, reverse, dy, dlast_state)
-    real = arrays.compute_dtype(args.u.dtype)
-    du, ddelta = (plans.empty(xp, args.u.shape, args.u.dtype, plan.axis) for _ in range(2))
-    dz = None if args.z is None else plans.empty(xp, args.u.shape, args.u.dtype, plan.axis)
-    outputs = {
-        "du": du, "ddelta": ddelta, "dz": dz, "dinitial_state": dinitial, "dD_parts": None, "dbias_parts": None,
-        "dy": dy, "states": states, "dlast_state": dlast_state,
-    }  # fmt: skip
-    given = _arrays(args, plan, outputs)
+    given = _given(plan, tensors, {"states": states, "dy": dy, "dlast_state": dlast_state})
+    grads = SelectiveScanGrads(*[given[name] for name in _GRADIENTS])
+    if not plan.slices:
+        for x in grads:
+            if x is not None:
+                x[...] = 0
+        if grads.initial_state is not None and dlast_state is not None:
+            grads.initial_state[...] = dlast_state
+        return grads
     given["enters"] = given["dlast_state"]
     sums = None
     if len(plan.slices) > 1:  # every slice of the states but the last leaves its part of the sums over n here
-        sums = plans.empty(xp, (3, *args.u.shape), real, plan.axis)
+        sums = plans.empty(plan.xp, (3, *dy.shape), arrays.compute_dtype(given["u"].dtype), plan.axis)
     _run(plan, given, sums, "sums_in", "sums_out")
+    plan.launch_sums([(given[f"{name}_parts"], given[name]) for name in plan.sums])
+    return grads
 
-    shapes = {"dA": args.A, "dD": args.D, "dbias": args.delta_bias, "dB": B, "dC": C}
-    grads = {name: None if x is None else xp.empty(x.shape, x.dtype) for name, x in shapes.items()}
-    plan.launch_sums([(given[f"{name}_parts"], grads[name]) for name in plan.sums])
-    return SelectiveScanGrads(du, ddelta, grads["dA"], grads["dB"], grads["dC"], grads["dD"], dz, grads["dbias"], dinitial)
+
+_GRADIENTS = ("du", "ddelta", "dA", "dB", "dC", "dD", "dz", "dbias", "dinitial_state")
+"""In the order of `SelectiveScanGrads`."""

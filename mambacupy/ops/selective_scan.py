@@ -6,8 +6,8 @@ after "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (Gu & D
 `mambacupy.reference`; CuPy arrays run cuda_src/selective_scan_fwd.cu and cuda_src/selective_scan_bwd.cu.
 """
 
-from mambacupy import checks, reference
-from mambacupy.ops import scan_kernels
+from mambacupy import checks, kernels, reference
+from mambacupy.ops import plans, scan_kernels
 from mambacupy.reference import SelectiveScanGrads, SelectiveScanSaved
 
 __all__ = [
@@ -87,10 +87,8 @@ def selective_scan(
     at least. Results are bit-identical from run to run. Few channels and many steps are scanned in parts of time side by side:
     there a NaN reaches later parts only within the memory of the states (docs/gradient.md, "Time in parts").
     """
-    y, last_state, _ = _scan(
-        "selective_scan", u, delta, A, B, C, D, z, delta_bias, initial_state,
-        delta_softplus, reverse, discretization, save=False,
-    )  # fmt: skip
+    tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    y, last_state, _ = _scan("selective_scan", tensors, delta_softplus, reverse, discretization, save=False)
     return (y, last_state) if return_last_state else y
 
 
@@ -120,10 +118,8 @@ def selective_scan_fwd(
     saved : SelectiveScanSaved
         The arguments, by reference, and the states at every 64th step: state / 64 numbers of A's dtype an element of u.
     """
-    return _scan(
-        "selective_scan_fwd", u, delta, A, B, C, D, z, delta_bias, initial_state,
-        delta_softplus, reverse, discretization, save=True,
-    )  # fmt: skip
+    tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    return _scan("selective_scan_fwd", tensors, delta_softplus, reverse, discretization, save=True)
 
 
 def selective_scan_bwd(dy, saved, dlast_state=None):
@@ -155,44 +151,51 @@ def selective_scan_bwd(dy, saved, dlast_state=None):
     -----
     docs/gradient.md derives the equations. There are no floating-point atomics: results are bit-identical from run to run.
     """
-    checks.selective_scan_bwd("selective_scan_bwd", saved, dy, dlast_state)
-    u, delta, A, B, C, D, z, delta_bias, initial_state, states, delta_softplus, reverse, discretization = saved
-    args = checks.selective_scan("selective_scan_bwd", u, delta, A, B, C, D, z, delta_bias, initial_state, discretization)
-    if args.xp.__name__ == "numpy":
+    if type(saved) is not SelectiveScanSaved:
+        checks.selective_scan_bwd("selective_scan_bwd", saved, dy, dlast_state)
+    *tensors, states, delta_softplus, reverse, discretization = saved
+    options = (bool(delta_softplus), bool(reverse), discretization)
+    plan = plans.planned(_plan_backward, (saved, dy, dlast_state), (*tensors, dy, dlast_state), options)
+    if plan is None:
         return reference.selective_scan_bwd(dy, saved, dlast_state)
-    with args.u.device:
-        return scan_kernels.backward(args, delta_softplus, reverse, states, dy, dlast_state, B, C)
+    with kernels.device_of(dy):
+        return scan_kernels.backward(plan, tensors, states, dy, dlast_state)
 
 
-def _scan(
-    operation,
-    u,
-    delta,
-    A,
-    B,
-    C,
-    D,
-    z,
-    delta_bias,
-    initial_state,
-    delta_softplus,
-    reverse,
-    discretization,
-    save,
-):
-    args = checks.selective_scan(operation, u, delta, A, B, C, D, z, delta_bias, initial_state, discretization)
-    if args.xp.__name__ == "numpy":
+def _scan(operation, tensors, delta_softplus, reverse, discretization, save):
+    """y, last_state, and what `SelectiveScanSaved` holds or, without `save`, None."""
+    options = (bool(delta_softplus), bool(reverse), discretization)
+    plan = plans.planned(_plan_forward, (operation, tensors, *options, save), tensors, (*options, save))
+    if plan is None:
+        *arguments, initial_state = tensors
         options = {"delta_softplus": delta_softplus, "initial_state": initial_state, "reverse": reverse}
         options["discretization"] = discretization
         if save:
-            return reference.selective_scan_fwd(u, delta, A, B, C, D, z, delta_bias, **options)
-        y, last_state = reference.selective_scan(u, delta, A, B, C, D, z, delta_bias, return_last_state=True, **options)
+            return reference.selective_scan_fwd(*arguments, **options)
+        y, last_state = reference.selective_scan(*arguments, return_last_state=True, **options)
         return y, last_state, None
-    with args.u.device:
-        y, last_state, states = scan_kernels.forward(args, delta_softplus, reverse, save)
-    if not save:
-        return y, last_state, None
-    saved = SelectiveScanSaved(
-        u, delta, A, B, C, D, z, delta_bias, initial_state, states, delta_softplus, reverse, discretization
-    )
+    with kernels.device_of(tensors[0]):
+        y, last_state, states = scan_kernels.forward(plan, tensors)
+    saved = SelectiveScanSaved(*tensors, states, delta_softplus, reverse, discretization) if save else None
     return y, last_state, saved
+
+
+def _plan_forward(operation, tensors, delta_softplus, reverse, discretization, save):
+    """Check the arguments. The plan of a scan on a GPU, None for one on the host."""
+    args = checks.selective_scan(operation, *tensors, discretization)
+    if args.xp.__name__ == "numpy":
+        return None
+    with kernels.device_of(args.u):
+        return scan_kernels.plan_forward(args, delta_softplus, reverse, save)
+
+
+def _plan_backward(saved, dy, dlast_state):
+    """As `_plan_forward`, for the gradient."""
+    operation = "selective_scan_bwd"
+    checks.selective_scan_bwd(operation, saved, dy, dlast_state)
+    *tensors, _, delta_softplus, reverse, discretization = saved
+    args = checks.selective_scan(operation, *tensors, discretization)
+    if args.xp.__name__ == "numpy":
+        return None
+    with kernels.device_of(args.u):
+        return scan_kernels.plan_backward(args, bool(delta_softplus), bool(reverse), dy, dlast_state, saved.B, saved.C)

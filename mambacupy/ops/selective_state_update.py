@@ -6,6 +6,8 @@ after "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (Gu & D
 `mambacupy.reference.state_update`; CuPy arrays run cuda_src/selective_state_update.cu.
 """
 
+from typing import Any, NamedTuple
+
 from mambacupy import arrays, checks_conv, kernels
 from mambacupy.ops import plans
 from mambacupy.ops.conv_kernels import THREADS
@@ -55,29 +57,55 @@ def selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, 
     CuPy arrays are updated on their device and the current stream, without synchronising. A scan and its steps one by one agree
     to the rounding of the sum over states; results are bit-identical from run to run.
     """
-    args = checks_conv.selective_state_update("selective_state_update", state, x, dt, A, B, C, D, z, dt_bias)
-    if args.xp.__name__ == "numpy":
+    tensors = (state, x, dt, A, B, C, D, z, dt_bias)
+    plan = plans.planned(_checked_plan, (tensors, bool(dt_softplus)), tensors, (bool(dt_softplus),))
+    if plan is None:
         return reference.selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus=dt_softplus)
-    with x.device:
-        return _on_gpu(args, bool(dt_softplus))
+    with kernels.device_of(x):
+        return _on_gpu(plan, tensors)
 
 
 _ARRAYS = ("state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias")
 
 
-def _on_gpu(args, dt_softplus):
-    y = args.xp.empty(args.x.shape, args.x.dtype)
-    if args.x.size == 0:
-        return y
-    given = {name: plans.whole(getattr(args, name)) for name in _ARRAYS}
-    launch = plans.planned(_plan, (args._replace(**given), dt_softplus), given.values(), (dt_softplus,))
-    launch(given | {"y": y})
-    if given["state"] is not args.state:
-        args.state[...] = given["state"]
+class _Plan(NamedTuple):
+    """All of a step but its arrays."""
+
+    xp: Any
+    split: tuple  # names of arrays that have to be copied because their elements lie across boundaries
+    launch: Any  # None where there is nothing to do
+
+
+def _on_gpu(plan, tensors):
+    given = dict(zip(_ARRAYS, tensors, strict=True))
+    state, x = given["state"], given["x"]
+    given["y"] = y = plan.xp.ndarray(x.shape, x.dtype)
+    for name in plan.split:
+        given[name] = given[name].copy()
+    if plan.launch is not None:
+        plan.launch(given)
+    if "state" in plan.split:
+        state[...] = given["state"]
     return y
 
 
+def _checked_plan(tensors, dt_softplus):
+    """Check the arguments. The plan of a step on a GPU, None for one on the host."""
+    args = checks_conv.selective_state_update("selective_state_update", *tensors)
+    if args.xp.__name__ == "numpy":
+        return None
+    with kernels.device_of(args.x):
+        return _plan(args, dt_softplus)
+
+
 def _plan(args, dt_softplus):
+    if args.x.size == 0:
+        return _Plan(args.xp, (), None)
+    copies = {name: x.copy() for name in _ARRAYS if (x := getattr(args, name)) is not None and not plans.is_whole(x)}
+    return _Plan(args.xp, tuple(copies), _launch(args._replace(**copies), dt_softplus))
+
+
+def _launch(args, dt_softplus):
     reals = 2 if args.complex else 1
     with_states = {"state": args.state, "A": args.A, "B": args.B, "C": args.C}
     vector = 16 // args.A.itemsize
