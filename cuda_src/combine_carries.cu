@@ -24,7 +24,7 @@ extern "C" __global__ void __launch_bounds__(256) combine_carries(const Params p
     long long index = (p.first_block + blockIdx.x) * 256 + threadIdx.x;
     if (index >= p.batch * p.dim * p.state) return;
     const long long n = index % p.state, c = index / p.state % p.dim, b = index / p.state / p.dim;
-    const STATE_T rate = rate_of(p.A[c * p.A_dim + n * p.A_state]);
+    const STATE_T rate = rate_of(bounded(p.A[c * p.A_dim + n * p.A_state]));
     STATE_T enters = {};
     if (p.enters) enters = p.enters[b * p.enters_batch + c * p.enters_dim + n * p.enters_state];
     for (long long first = 0; first < p.splits; first += AHEAD) {

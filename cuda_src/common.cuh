@@ -267,10 +267,14 @@ DEVICE double conj(double a) { return a; }
 // A rate is what a lane keeps of an entry of A, so that the inner loop multiplies once and exponentiates.
 //   real:     A·log2(e)
 //   complex:  (Re A·log2(e), Im A)
-// An infinite decay becomes a huge one: over a step of 0 it is still no decay, and over any other it forgets all the same.
-DEVICE float rate_of(float A) { return (A < -1e38f ? -1e38f : A) * (float)LOG2_E; }
-DEVICE double rate_of(double A) { return (A < -1e308 ? -1e308 : A) * LOG2_E; }
+DEVICE float rate_of(float A) { return A * (float)LOG2_E; }
+DEVICE double rate_of(double A) { return A * LOG2_E; }
 template <typename R> DEVICE Complex<R> rate_of(Complex<R> A) { return {rate_of(A.re), A.im}; }
+
+// A, with infinite decays made huge: over a step of 0, as padding has, they are none then, and over any other forget all the same.
+DEVICE float bounded(float A) { return A < -1e38f ? -1e38f : A; }
+DEVICE double bounded(double A) { return A < -1e308 ? -1e308 : A; }
+template <typename R> DEVICE Complex<R> bounded(Complex<R> A) { return {bounded(A.re), A.im}; }
 
 // exp(Δ·A). exp2_fast is too small by 5e-9 to 5e-8 on average; a decay is applied at every step, so such a bias adds up over the
 // memory of a state. What is added to the exponent takes out most of it, and is too little to move the decay of a step of 0.

@@ -180,7 +180,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
         for (int i = 0; i < SLOTS; ++i) carry[k][i] = dA[k][i] = dB_kept[k][i] = dC_kept[k][i] = A_kept[k][i] = B_kept[k][i] = C_kept[k][i] = {};
     }
     for_states([&](int k, int i, long long c, int n) {
-        A_kept[k][i] = p.A[c * p.A_dim + n * p.A_state];
+        A_kept[k][i] = bounded(p.A[c * p.A_dim + n * p.A_state]);
         if (!B_VARIES) B_kept[k][i] = reinterpret_cast<const state_t*>(p.B)[c * p.B_group + n * p.B_state];
         if (!C_VARIES) C_kept[k][i] = reinterpret_cast<const state_t*>(p.C)[c * p.C_group + n * p.C_state];
         if (CARRIES_ONLY) return;

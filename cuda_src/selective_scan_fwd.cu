@@ -110,7 +110,7 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
             long long c = c0 + k * GROUPS + group;
             state_t a = {}, start = {}, b_const = {}, c_const = {};
             if (!does_elements && k * GROUPS + group < channels && n < p.state) {
-                a = p.A[c * p.A_dim + n * p.A_state];
+                a = bounded(p.A[c * p.A_dim + n * p.A_state]);
                 memory.add_state(k, real_part(rate_of(a)));
                 if (CARRIES_ONLY) start = {};
                 else if (p.splits > 1) start = p.carries[((b * p.splits + block.split) * p.dim + c) * p.state_total + n];

@@ -78,6 +78,19 @@ ROWS = {
     "batch-1": {"batch": 1},
 }
 
+FEW_CHANNELS = (
+    "base",
+    "bfloat16",
+    "complex",
+    "channel-order-bfloat16",
+    "reverse",
+    "constant-B",
+    "length-65",
+    "state-5",
+    "state-64",
+)
+"""Rows to be run as on a GPU that they do not fill, too: states are then spread over more lanes."""
+
 
 def make(seed=0, **changes):
     """Arrays and options of a case.

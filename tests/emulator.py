@@ -21,6 +21,7 @@ from mambacupy.ops import plans, scan_kernels
 from mambacupy.reference import SelectiveScanSaved
 
 H100 = kernels.Device(multiprocessors=132, shared_bytes=232448, shared_bytes_of_multiprocessor=233472)
+FULL = H100._replace(multiprocessors=1)  # a GPU that every case fills
 
 BLOCKS = """
 static const Params* params;

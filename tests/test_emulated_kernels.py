@@ -27,7 +27,8 @@ OTHERS = {
 
 def rows(config):
     chosen = cases.ROWS if config.getoption("--emulate-all") else {row: cases.ROWS[row] for row in FEW}
-    return {row: (changes, emulator.H100) for row, changes in chosen.items()} | OTHERS
+    few = {f"{row}, few channels": (cases.ROWS[row], emulator.H100) for row in cases.FEW_CHANNELS}
+    return {row: (changes, emulator.FULL) for row, changes in chosen.items()} | few | OTHERS
 
 
 def pytest_generate_tests(metafunc):

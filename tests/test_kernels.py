@@ -62,12 +62,14 @@ def instantiations():
     """Every kernel that the rows of the GPU tests need, with the name of the first row that needs it."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        recorder = record(patch)
-        for row, changes in cases.ROWS.items():
-            recorder.compiled.clear()
-            scan(*cases.make(**changes))
-            for file, _, constants in recorder.compiled:
-                found.setdefault((file, constants), row)
+        for rows, multiprocessors, suffix in ((cases.ROWS, 1, ""), (cases.FEW_CHANNELS, 132, ", few channels")):
+            recorder = record(patch)
+            patch.setattr(kernels, "device", lambda n=multiprocessors: DEVICES["90"]._replace(multiprocessors=n))
+            for row in rows:
+                recorder.compiled.clear()
+                scan(*cases.make(**cases.ROWS[row]))
+                for file, _, constants in recorder.compiled:
+                    found.setdefault((file, constants), row + suffix)
     return [pytest.param(file, dict(constants), id=f"{file}-{row}") for (file, constants), row in found.items()]
 
 

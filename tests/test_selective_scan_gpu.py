@@ -23,7 +23,19 @@ def on_gpu(arguments):
 
 
 @pytest.mark.parametrize("row", cases.ROWS)
-def test_row(cp, row):
+def test_row(cp, monkeypatch, row):
+    """As on a GPU that the row fills: one with a single multiprocessor."""
+    alike = kernels.device()._replace(multiprocessors=1)
+    monkeypatch.setattr(kernels, "device", lambda: alike)
+    check(cp, row)
+
+
+@pytest.mark.parametrize("row", cases.FEW_CHANNELS)
+def test_few_channels(cp, row):
+    check(cp, row)
+
+
+def check(cp, row):
     arguments, options = cases.make(**cases.ROWS[row])
     got = selective_scan_fwd(**on_gpu(arguments), **options)
     again = selective_scan_fwd(**on_gpu(arguments), **options)

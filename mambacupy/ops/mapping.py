@@ -57,9 +57,17 @@ def _bytes(args):
     return real, real * (2 if args.complex else 1)
 
 
-def states_of_a_launch(args, forward):
+def states_of_a_launch_forward(args):
     """States that one launch covers. More are scanned slice by slice, each adding its part of every sum over them."""
-    return 1024 // _bytes(args)[1] if forward else 32 * _slots_backward(args)
+    return 1024 // _bytes(args)[1]
+
+
+def states_of_a_launch_backward(args, device):
+    """The same for the backward kernel: those of a warp's lanes, or of as many as shared memory has room for."""
+    lanes, slots = 32, _slots_backward(args)
+    while lanes > 1 and _backward_shared_bytes(args, lanes, slots, 1, 32) > device.shared_bytes:
+        lanes //= 2
+    return lanes * slots
 
 
 def _slots_backward(args):
@@ -123,25 +131,42 @@ def backward(args, state, device):
     A lane holds Ā and h of 8 steps of its states: four float32 states of each of two channels fill its registers, or half as
     many where float64, zero-order hold, or sums over channels beside sums over time need more for each. The size of a block
     follows from shared memory, of which two blocks are to fit on a multiprocessor.
-    """
-    state_bytes = _bytes(args)[1]
-    slots = min(_slots_backward(args), max(power_of_two(state) // 2, 1))  # two lanes at least can share two channels
-    lanes = power_of_two(-(-state // slots))
-    sizes = [(2, 128), (2, 64), (2, 32), (1, 32)] if lanes > 1 and state_bytes <= 8 else [(1, 128), (1, 64), (1, 32)]
 
-    def shared_bytes(size):
-        return _backward_shared_bytes(args, lanes, slots, *size)
+    Blocks that do not fill the GPU leave its schedulers waiting: then time is cut into parts, and if that does not fill it
+    either, states are spread over twice as many lanes, and again, as long as all blocks run at once.
+    """
+    slots = min(_slots_backward(args), max(power_of_two(state) // 2, 1))  # two lanes at least can share two channels
+    mapping = _backward_spread(args, state, slots, 2, device)
+    for blocks_per_sm in (3, 4):
+        slots //= 2
+        if slots == 0 or mapping.lanes == 32 or mapping.channels == 1 or _bytes(args)[0] == 8 or args.zoh:
+            break
+        most, blocks = mapping.blocks_per_sm * device.multiprocessors, _blocks(args, mapping)
+        wider = _backward_spread(args, state, slots, blocks_per_sm, device)
+        if blocks > 0.9 * most or wider.channels == 1 or _blocks(args, wider) > blocks_per_sm * device.multiprocessors:
+            break
+        mapping = wider
+    return mapping
+
+
+def _blocks(args, mapping):
+    return args.batch * mapping.splits * -(-args.dim // mapping.block_channels)
+
+
+def _backward_spread(args, state, slots, blocks_per_sm, device):
+    """The mapping with so many states in a lane, and with blocks of which so many fit on a multiprocessor if any does."""
+    lanes = power_of_two(-(-state // slots))
+    sizes = [(2, 128), (2, 64), (2, 32), (1, 32)] if lanes > 1 and _bytes(args)[1] <= 8 else [(1, 128), (1, 64), (1, 32)]
+    room = min(device.shared_bytes, device.shared_bytes_of_multiprocessor // blocks_per_sm - 1024)
 
     def fits(size):  # one channel a lane halves its work, and comes only where a block would have no room at all
-        return shared_bytes(size) <= (device.shared_bytes if size == (2, 32) else _shared_bytes_for_two(device))
+        return _backward_shared_bytes(args, lanes, slots, *size) <= (device.shared_bytes if size == (2, 32) else room)
 
-    fitting = [size for size in sizes if fits(size)] or sizes[-1:]
-    channels, threads = fitting[0]
-    wanted = 2 * device.multiprocessors // (args.batch * -(-args.dim // (threads // lanes * channels)))
+    channels, threads = next(filter(fits, sizes), sizes[-1])
+    wanted = blocks_per_sm * device.multiprocessors // (args.batch * -(-args.dim // (threads // lanes * channels)))
     splits = _parts_of_time(args, wanted) if wanted >= 2 else 1
-    halves = [size for size in fitting[:2] if size[0] == channels]
-    size = min(halves, key=lambda s: _most_work(args, splits, s[1], s[1] // lanes * s[0], threads, device))
-    return Mapping(lanes, slots, size[0], CHUNK, size[1], 1, 256 // size[1], splits, shared_bytes(size))
+    shared_bytes = _backward_shared_bytes(args, lanes, slots, channels, threads)
+    return Mapping(lanes, slots, channels, CHUNK, threads, 1, blocks_per_sm * 128 // threads, splits, shared_bytes)
 
 
 def _backward_shared_bytes(args, lanes, slots, channels, threads):

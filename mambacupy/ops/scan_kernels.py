@@ -229,7 +229,7 @@ def plan_forward(args, delta_softplus, reverse, save):
     if args.u.size == 0:
         return _Plan(args.xp, 2, _fresh_results(args, 2, save, {}))
     args, split = _made_whole(args)
-    most = mapping.states_of_a_launch(args, forward=True)
+    most = mapping.states_of_a_launch_forward(args)
     layout = mapping.forward(args, min(args.state, most), kernels.device())
     tensors = {name: x for name, x in (("u", args.u), ("delta", args.delta), ("z", args.z)) if x is not None}
     common = _common(args, layout, tensors, delta_softplus, reverse)
@@ -301,7 +301,7 @@ def plan_backward(args, delta_softplus, reverse, dy, dlast_state, B, C):
     args, split = _made_whole(args)
     if dlast_state is not None and not plans.is_whole(dlast_state):
         dlast_state, split = dlast_state.copy(), (*split, "dlast_state")
-    most = mapping.states_of_a_launch(args, forward=False)
+    most = mapping.states_of_a_launch_backward(args, kernels.device())
     layout = mapping.backward(args, min(args.state, most), kernels.device())
     tensors = {"u": args.u, "delta": args.delta, "z": args.z, "dy": dy}
     tensors = {name: x for name, x in tensors.items() if x is not None}
