@@ -52,6 +52,8 @@ struct Shared {
     struct TimeSums { real dD, dD_lost, dbias, dbias_lost; } sums[BLOCK_CHANNELS];            // and all
     real skip[BLOCK_CHANNELS], bias[BLOCK_CHANNELS];
     real* parts[2];                                                    // dB and dC of this block, at the first step of the chunk
+    const B_T* B_base;                                                 // of this block, like all below: here, as registers are scarce
+    const C_T* C_base;
     Block block;
     Split time;
 };
@@ -145,6 +147,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
     if (threadIdx.x == 0) {
         shared.block = Block(p.first_block + blockIdx.x, p.splits, p.span, p.blocks_per_span, p.blocks_per_batch);
         shared.time = Split(shared.block.split, p.splits, p.length);
+        const long long group_B = shared.block.c0 / (p.dim / p.groups_of_B), group_C = shared.block.c0 / (p.dim / p.groups_of_C);
+        if (B_VARIES) shared.B_base = p.B + shared.block.b * p.B_batch + group_B * p.B_group;
+        if (C_VARIES) shared.C_base = p.C + shared.block.b * p.C_batch + group_C * p.C_group;
     }
     __syncthreads();
     const Block& block = shared.block;
@@ -152,10 +157,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
     const long long &b = block.b, &c0 = block.c0;
     const int& channels = block.channels;
     auto part_of_time = [&] { return b * p.splits + block.split; };                     // over all batch entries
-    Coefficient<B_T> B = {p.B, p.B_state, p.B_time, p.B_imag};
-    Coefficient<C_T> C = {p.C, p.C_state, p.C_time, p.C_imag};
-    if (B_VARIES) B.base += b * p.B_batch + c0 / (p.dim / p.groups_of_B) * p.B_group;
-    if (C_VARIES) C.base += b * p.C_batch + c0 / (p.dim / p.groups_of_C) * p.C_group;
 
     // ------------------------------------------------------------------------------------------ what a lane keeps
     const int lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
@@ -229,6 +230,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
             prefetch(from(p.dy, p.dy_batch, p.dy_row));
             if (p.z) prefetch(from(p.z, p.z_batch, p.z_row));
         }
+        const Coefficient<B_T> B = {shared.B_base, p.B_state, p.B_time, p.B_imag};
+        const Coefficient<C_T> C = {shared.C_base, p.C_state, p.C_time, p.C_imag};
 #pragma unroll 1
         for (int k = 0; k < (B_VARIES ? B_LOADS : 0); ++k) prefetch_coefficient<B_TIME_FAST, B_VECTOR>(k, 0, B, t0, p.length, (int)p.state);
 #pragma unroll 1
@@ -287,6 +290,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
 
         // -------------------------------------------------------------------------------------- Δ, Δ·u, gy, B and C
         // Loads first, all that a chunk begins with, so that they are waited for together.
+        const Coefficient<B_T> B = {shared.B_base, p.B_state, p.B_time, p.B_imag};
+        const Coefficient<C_T> C = {shared.C_base, p.C_state, p.C_time, p.C_imag};
         auto load_B = [&](int k) { return load_coefficient<B_TIME_FAST, B_VECTOR>(k, 0, B, t0, steps, (int)p.state); };
         auto load_C = [&](int k) { return load_coefficient<C_TIME_FAST, C_VECTOR>(k, 0, C, t0, steps, (int)p.state); };
         Pack<B_T, B_VECTOR * REALS> B_next[COEFFICIENTS_AHEAD ? B_LOADS : 1];

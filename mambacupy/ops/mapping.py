@@ -14,7 +14,7 @@ ENOUGH_WARPS = 8
 more lanes."""
 
 CHUNKS_OF_A_PART = 2
-"""Chunks in a part of time at least: a part must be worth the launch that finds what enters it."""
+"""Chunks in a part of time at least, in the forward kernel: a part must be worth the launch that finds what enters it."""
 
 COST_OF_HALF_A_BLOCK = 1.08
 """Time for a channel in a block of half the size, relative to a full one: fewer channels share a load of B and C."""
@@ -78,8 +78,8 @@ def _slots_backward(args):
     return max(room // state_bytes, 1)
 
 
-def _parts_of_time(args, wanted):
-    return max(1, min(wanted, -(-args.length // CHUNK) // CHUNKS_OF_A_PART))
+def _parts_of_time(args, wanted, chunks):
+    return max(1, min(wanted, -(-args.length // CHUNK) // chunks))
 
 
 def _shared_bytes_for_two(device):
@@ -103,7 +103,7 @@ def forward(args, state, device):
     slots = min(4 if args.complex else 8, power_of_two(state))
     lanes = power_of_two(-(-state // slots))
     lanes_wanted, lanes_given = 32 * ENOUGH_WARPS * device.multiprocessors, args.batch * args.dim * lanes
-    splits = _parts_of_time(args, lanes_wanted // lanes_given) if lanes_given * 3 <= lanes_wanted else 1
+    splits = _parts_of_time(args, lanes_wanted // lanes_given, CHUNKS_OF_A_PART) if lanes_given * 3 <= lanes_wanted else 1
     while slots > 1 and lanes < 32 and 2 * args.batch * args.dim * lanes * splits <= lanes_wanted:
         slots, lanes = slots // 2, lanes * 2
     threads = min((128, 64), key=lambda threads: _most_work(args, splits, threads, threads // lanes, 128, device))
@@ -132,28 +132,26 @@ def backward(args, state, device):
     many where float64, zero-order hold, or sums over channels beside sums over time need more for each. The size of a block
     follows from shared memory, of which two blocks are to fit on a multiprocessor.
 
-    Blocks that do not fill the GPU leave its schedulers waiting: then time is cut into parts, and if that does not fill it
-    either, states are spread over twice as many lanes, and again, as long as all blocks run at once.
+    Blocks that do not fill the GPU leave its schedulers waiting. Half as many states in each of twice as many lanes make half
+    of the work wait less: so where the GPU holds all such blocks at once, and time need not be cut for more than half of them.
+    Cutting time into parts fills it as well, but costs what finding their carries does.
     """
     slots = min(_slots_backward(args), max(power_of_two(state) // 2, 1))  # two lanes at least can share two channels
-    mapping = _backward_spread(args, state, slots, 2, device)
-    for blocks_per_sm in (3, 4):
-        slots //= 2
-        if slots == 0 or mapping.lanes == 32 or mapping.channels == 1 or _bytes(args)[0] == 8 or args.zoh:
-            break
-        most, blocks = mapping.blocks_per_sm * device.multiprocessors, _blocks(args, mapping)
-        wider = _backward_spread(args, state, slots, blocks_per_sm, device)
-        if blocks > 0.9 * most or wider.channels == 1 or _blocks(args, wider) > blocks_per_sm * device.multiprocessors:
-            break
-        mapping = wider
-    return mapping
+    mapping = _backward_of(args, state, slots, 2, device)
+    if slots == 1 or mapping.lanes == 32 or mapping.channels == 1 or _bytes(args)[0] == 8 or args.zoh:
+        return mapping
+    wider, most = _backward_of(args, state, slots // 2, 3, device), 3 * device.multiprocessors
+    if wider.channels == 1 or _blocks(args, wider) > most:
+        return mapping
+    is_full = _blocks(args, mapping) > 0.9 * 2 * device.multiprocessors
+    return wider if not is_full or (mapping.splits > 1 and wider.splits == 1) else mapping
 
 
 def _blocks(args, mapping):
     return args.batch * mapping.splits * -(-args.dim // mapping.block_channels)
 
 
-def _backward_spread(args, state, slots, blocks_per_sm, device):
+def _backward_of(args, state, slots, blocks_per_sm, device):
     """The mapping with so many states in a lane, and with blocks of which so many fit on a multiprocessor if any does."""
     lanes = power_of_two(-(-state // slots))
     sizes = [(2, 128), (2, 64), (2, 32), (1, 32)] if lanes > 1 and _bytes(args)[1] <= 8 else [(1, 128), (1, 64), (1, 32)]
@@ -164,7 +162,7 @@ def _backward_spread(args, state, slots, blocks_per_sm, device):
 
     channels, threads = next(filter(fits, sizes), sizes[-1])
     wanted = blocks_per_sm * device.multiprocessors // (args.batch * -(-args.dim // (threads // lanes * channels)))
-    splits = _parts_of_time(args, wanted) if wanted >= 2 else 1
+    splits = _parts_of_time(args, wanted, 1) if wanted >= 2 and args.length > 4 * CHUNK else 1
     shared_bytes = _backward_shared_bytes(args, lanes, slots, channels, threads)
     return Mapping(lanes, slots, channels, CHUNK, threads, 1, blocks_per_sm * 128 // threads, splits, shared_bytes)
 
