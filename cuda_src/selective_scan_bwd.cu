@@ -239,8 +239,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
     };
 
     // dB and dC of a block are stored by wide accesses where the caller's number of states allows.
-    const bool parts_are_wide = p.state == STATES && p.state_total * REALS % WIDE == 0 &&
-        ((size_t)p.dB_parts | (size_t)p.dC_parts) % sizeof(Wide<WIDE>) == 0;
+    auto parts_are_wide = [&] { return p.state == STATES && p.state_total * REALS % WIDE == 0 &&
+        ((size_t)p.dB_parts | (size_t)p.dC_parts) % sizeof(Wide<WIDE>) == 0; };
     // Sums over some chunks are added to totals in memory, because registers are scarce, and so that rounding does not grow with time.
     auto add_to_totals = [&] {
         for_states([&](int k, int i, long long c, int n) {
@@ -402,7 +402,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
 #pragma unroll
                 for (int w = 1; w < WARPS; ++w) sum = sum + *reinterpret_cast<const Wide<OWN>*>(&sums[w][row][column]);
                 real* parts = shared.parts[kind] + t * (int)p.state_total * REALS + first;
-                if (parts_are_wide) {
+                if (parts_are_wide()) {
                     if (t < steps) *reinterpret_cast<Wide<OWN>*>(parts) = sum;
                 } else {
 #pragma unroll
