@@ -203,6 +203,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
     }
     __syncthreads();
 
+    auto steps_from = [&](long long t0) { return p.length - t0 < TILE ? (int)(p.length - t0) : TILE; };
     struct Tensors { Pack<element, VECTOR> u, delta, z; Pack<DY_T, VECTOR> dy; };
     auto load = [&](int k, long long t0, int steps) {                  // item k of the tile that begins at t0
         const Item item(k, channels, steps);
@@ -286,7 +287,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
     const int back = from_end ? -CHUNK : CHUNK;
     long long t0 = from_end ? (time.end - 1) / CHUNK * CHUNK : time.begin;
     for (; t0 >= time.begin && t0 < time.end; t0 += back) {            // a part may be empty
-        const int steps = p.length - t0 < TILE ? (int)(p.length - t0) : TILE;
+        const int steps = steps_from(t0);
 
         // -------------------------------------------------------------------------------------- Δ, Δ·u, gy, B and C
         // Loads first, all that a chunk begins with, so that they are waited for together.
@@ -403,10 +404,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
                 for (int w = 1; w < WARPS; ++w) sum = sum + *reinterpret_cast<const Wide<OWN>*>(&sums[w][row][column]);
                 real* parts = shared.parts[kind] + t * (int)p.state_total * REALS + first;
                 if (parts_are_wide()) {
-                    if (t < steps) *reinterpret_cast<Wide<OWN>*>(parts) = sum;
+                    if (t < steps_from(t0)) *reinterpret_cast<Wide<OWN>*>(parts) = sum;
                 } else {
 #pragma unroll
-                    for (int i = 0; i < OWN; ++i) if (t < steps && first + i < p.state * REALS) parts[i] = sum.at[i];
+                    for (int i = 0; i < OWN; ++i) if (t < steps_from(t0) && first + i < p.state * REALS) parts[i] = sum.at[i];
                 }
             }
         };
@@ -545,13 +546,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
 
         // -------------------------------------------------------------------------------------- du, ddelta, dz
         const long long t1 = recomputed(t0);
+        const int last_steps = steps_from(t1);
         Shared::Terms terms[VECTOR] = {};                              // of an item, or of all a thread's items where channels are its columns
-        next = load(0, t1, steps);
+        next = load(0, t1, last_steps);
 #pragma unroll 1
         for (int k = 0; k < ITEMS; ++k) {
-            const Item item(k, channels, steps);
+            const Item item(k, channels, last_steps);
             const Tensors now = next;
-            if (k + 1 < ITEMS) next = load(k + 1, t1, steps);
+            if (k + 1 < ITEMS) next = load(k + 1, t1, last_steps);
             const bool exists = item.valid > 0;
             const long long at = b * p.du_batch + tile_offset(t1, c0, p.du_row) + item.offset(p.du_row);
             real by_B[VECTOR], by_A[VECTOR], out[VECTOR], skip[VECTOR];
