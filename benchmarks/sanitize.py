@@ -20,6 +20,7 @@ from mambacupy.models import MambaConfig, MambaLM
 from mambacupy.ops.linear import embedding_bwd, embedding_fwd
 from mambacupy.ops.loss import softmax_cross_entropy_bwd, softmax_cross_entropy_fwd
 from mambacupy.ops.norm import layer_norm_bwd, layer_norm_fwd, rms_norm_bwd, rms_norm_fwd
+from mambacupy.optim import AdamW, clip_by_norm
 
 ROWS = ("base", "bfloat16", "complex-bfloat16", "channel-order-bfloat16", "groups-differ", "constant-BC", "zoh", "reverse",
         "length-1", "length-65", "state-5", "state-32-channel-order-bfloat16", "state-300", "dim-7", "float64")  # fmt: skip
@@ -82,6 +83,11 @@ def operations(dtype):
         targets = cases.to_gpu(rng.integers(-1, vocabulary, 9))
         loss, saved = softmax_cross_entropy_fwd(tensor(9, vocabulary), targets)
         yield f"cross entropy {dtype}, {vocabulary}", (loss, softmax_cross_entropy_bwd(1.0, saved).logits)
+
+    params, adam = {"weight": tensor(67, 65), "bias": tensor(7)}, AdamW(0.01)  # more than a block's, and no whole pack
+    grads, norm = clip_by_norm(params, 1.0)
+    params, after = adam.update(params, grads, adam.init(params))
+    yield f"clipping and AdamW {dtype}", (norm, *grads.values(), *params.values(), *after.mean.values(), *after.square.values())
 
 
 def with_library(dtype):
