@@ -18,6 +18,7 @@
 
 constexpr int THREADS = 128;
 constexpr int BEFORE = WIDTH - 1;
+constexpr int BLOCKS = TIME_CONTIGUOUS || WIDTH > 4 || sizeof(real) > 4 ? 1 : 4;              // that a multiprocessor is to hold
 
 struct Params {
     const element* x;
@@ -102,9 +103,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) causal_conv1d(const Params
 
 #else
 
-constexpr int ROUND = VECTOR * sizeof(element) < 16 ? 8 : 4;           // steps whose loads are under way at a time
+constexpr int ROUND = VECTOR * sizeof(element) < 16 && sizeof(real) == 4 ? 8 : 4;             // steps whose loads are under way
 
-extern "C" __global__ void __launch_bounds__(THREADS) causal_conv1d(const Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) causal_conv1d(const Params p) {
     const long long thread = (p.first_block + blockIdx.x) * THREADS + threadIdx.x, packs = p.dim / VECTOR;
     const long long c = thread % packs * VECTOR, split = thread / packs % p.splits, b = thread / packs / p.splits;
     if (b >= p.batch) return;
@@ -137,34 +138,42 @@ extern "C" __global__ void __launch_bounds__(THREADS) causal_conv1d(const Params
         }
     }
 
+    const int own = (int)(end - begin), rounds_end = own / ROUND * ROUND;                     // steps count from `begin`
+    const element* x_next = x + begin * x_step;
+    element* y_next = y + begin * y_step;
     Elements ahead[ROUND];
-    auto load = [&](long long s) {
-#pragma unroll
-        for (int j = 0; j < ROUND; ++j) if (s + j < end) ahead[j] = load_pack<element, VECTOR>(x + (s + j) * x_step, VECTOR);
+    auto load = [&](int j, int t) {
+        if (t >= rounds_end) return;
+        ahead[j] = load_pack<element, VECTOR>(x_next, VECTOR);
+        x_next += x_step;
     };
-    load(begin);
-    for (long long s_round = begin; s_round < end; s_round += ROUND) {
-        Elements now[ROUND];
+    auto step = [&](const Elements& now) {
+        Elements out = {};
 #pragma unroll
-        for (int j = 0; j < ROUND; ++j) now[j] = ahead[j];
-        load(s_round + ROUND);
+        for (int v = 0; v < VECTOR; ++v) {
+#pragma unroll
+            for (int k = 0; k < BEFORE; ++k) e[k][v] = e[k + 1][v];
+            e[BEFORE][v] = to_real(now.get(v));
+            real sum = bias[v];
+#pragma unroll
+            for (int k = 0; k < WIDTH; ++k) sum += w[k][v] * e[k][v];
+            out.set(v, rounded(activated(sum)));
+        }
+        store_pack<element, VECTOR>(y_next, out, VECTOR);
+        y_next += y_step;
+    };
+#pragma unroll
+    for (int j = 0; j < ROUND; ++j) load(j, j);
+    for (int first = 0; first < rounds_end; first += ROUND) {
 #pragma unroll
         for (int j = 0; j < ROUND; ++j) {
-            if (s_round + j >= end) break;
-            Elements out = {};
-#pragma unroll
-            for (int v = 0; v < VECTOR; ++v) {
-#pragma unroll
-                for (int k = 0; k < BEFORE; ++k) e[k][v] = e[k + 1][v];
-                e[BEFORE][v] = to_real(now[j].get(v));
-                real sum = bias[v];
-#pragma unroll
-                for (int k = 0; k < WIDTH; ++k) sum += w[k][v] * e[k][v];
-                out.set(v, rounded(activated(sum)));
-            }
-            store_pack<element, VECTOR>(y + (s_round + j) * y_step, out, VECTOR);
+            const Elements now = ahead[j];
+            load(j, first + j + ROUND);                                // takes its place
+            step(now);
         }
     }
+#pragma unroll 1
+    for (int t = rounds_end; t < own; ++t, x_next += x_step) step(load_pack<element, VECTOR>(x_next, VECTOR));
     if (p.final_state && end == p.length) {
 #pragma unroll
         for (int k = 0; k < BEFORE; ++k) {
