@@ -117,7 +117,7 @@ def linear(operation, x, weight, bias):
     return xp
 
 
-def linear_bwd(operation, saved, dy, dtype):
+def linear_bwd(operation, saved, dy, dtype, onto):
     """Check the gradient that enters a linear map's backward pass.
 
     Returns
@@ -134,7 +134,11 @@ def linear_bwd(operation, saved, dy, dtype):
     _all_there(operation, dy=dy)
     x, weight = saved.x, saved.weight
     parts = {f"dy[{i}]": part for i, part in enumerate(dy)} if isinstance(dy, tuple) else {"dy": dy}
-    xp = arrays.namespace(operation, **{"saved.x": x, "saved.weight": weight}, **parts)
+    xp = arrays.namespace(operation, **{"saved.x": x, "saved.weight": weight}, **parts, onto=onto)
+    if onto is not None:
+        _check_like(operation, "onto", onto, "x", x.shape)
+        if onto.dtype != x.dtype:
+            raise _wrong_dtype(operation, "onto", onto, (x.dtype,), ", the dtype of x")
     outs = weight.shape[:1] if "dy" in parts else [part.shape[-1] if part.ndim else 0 for part in parts.values()]
     for (name, part), out in zip(parts.items(), outs, strict=True):
         _check_gradient(operation, name, part, "y", (*x.shape[:-1], out), x.dtype)

@@ -156,11 +156,12 @@ def _linear(params, x):
     return linear_fwd(x, _cast(params["weight"], x.dtype), _cast(params.get("bias"), x.dtype))[0]
 
 
-def _linear_backward(params, x, dy):
-    """dx, and gradients of weight and bias as `params` holds them. dy may be a tuple of its parts along the last axis."""
+def _linear_backward(params, x, dy, onto=None):
+    """dx, and gradients of weight and bias as `params` holds them. dy may be a tuple of its parts along the last axis; dx is
+    added to `onto`, which may be written to."""
     dy = tuple(_cast(part, x.dtype) for part in dy) if isinstance(dy, tuple) else _cast(dy, x.dtype)
     widest = x.dtype if params["weight"].dtype.itemsize <= x.dtype.itemsize else arrays.compute_dtype(x.dtype)
-    grads = linear_bwd(dy, _linear_saved(params, x), dtype=widest)
+    grads = linear_bwd(dy, _linear_saved(params, x), dtype=widest, onto=onto)
     return grads.x, {name: _cast(getattr(grads, name), p.dtype) for name, p in params.items()}
 
 
@@ -532,9 +533,8 @@ class MambaMixer:
             dselected = [n.x for n in normed]
             grads |= {key: {"weight": n.weight} for key, n in zip(_NORMS, normed, strict=True) if key in params}
         dselected = _join(dselected)  # (batch, length, dt_rank + 2 d_state)
-        dc, grads["x_proj"] = _linear_backward(params["x_proj"], _turn(c), dselected)
-        # Added as they lie in memory: CuPy's sum of turned arrays reads along time.
-        conv = causal_conv1d_bwd(_turn(_turn(g.u) + dc), conv_saved)
+        dc, grads["x_proj"] = _linear_backward(params["x_proj"], _turn(c), dselected, onto=_turn(g.u))
+        conv = causal_conv1d_bwd(_turn(dc), conv_saved)
         grads["conv1d"] = {name: getattr(conv, name) for name in params["conv1d"]}
         dx, grads["in_proj"] = _linear_backward(params["in_proj"], x, (_turn(conv.x), _turn(g.z)))
         grads |= {"A_log": g.A * scan["A"], "D": g.D}  # A = -exp(A_log): dA/dA_log = A

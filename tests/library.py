@@ -1,4 +1,4 @@
-"""A stand-in for cuBLAS that multiplies on the host's memory."""
+"""A stand-in for cuBLASLt that multiplies on the host's memory."""
 
 import ctypes
 from types import SimpleNamespace
@@ -8,42 +8,70 @@ import numpy as np
 
 from mambacupy.ops import products
 
-CTYPES = {0: np.dtype("f4"), 2: np.dtype("f2"), 14: cases.DTYPES["bfloat16"]}
-
-
-def at(pointer, dtype, rows, columns, stride):
-    """The matrix that cuBLAS sees: columns are contiguous, `stride` apart."""
-    assert stride >= max(1, rows)
-    size = ((columns - 1) * stride + rows) * dtype.itemsize
-    flat = np.frombuffer((ctypes.c_char * size).from_address(pointer.value), dtype)
-    return np.lib.stride_tricks.as_strided(flat, (rows, columns), (dtype.itemsize, stride * dtype.itemsize))
+DTYPES = {0: np.dtype("f4"), 2: np.dtype("f2"), 14: cases.DTYPES["bfloat16"]}
 
 
 class Library:
-    """`cublasGemmEx` in float64, rounded once."""
+    """In float64, rounded once. What is created are places in `things`, of which those destroyed are None."""
 
-    def __init__(self):
-        self.calls = 0
+    def __init__(self, workspace_bytes=64):
+        self.calls, self.things, self.workspaces, self.workspace_bytes, self.status = 0, [None], [], workspace_bytes, 0
 
-    def cublasSetStream_v2(self, handle, stream):
-        self.scratch = 0  # as the real one forgets it
+    def _create(self, pointer, **thing):
+        self.things.append(thing)
+        pointer._obj.value = len(self.things) - 1
         return 0
 
-    def cublasSetWorkspace_v2(self, handle, at, size):
-        self.scratch = size.value
+    def cublasLtMatmulDescCreate(self, pointer, compute, scale):
+        assert (compute, scale) == (68, 0)
+        return self._create(pointer)
+
+    def cublasLtMatrixLayoutCreate(self, pointer, kind, rows, columns, stride):
+        assert stride >= max(1, rows)
+        return self._create(pointer, dtype=DTYPES[kind], rows=rows, columns=columns, stride=stride)
+
+    def cublasLtMatmulPreferenceCreate(self, pointer):
+        return self._create(pointer)
+
+    def _set(self, of, attribute, value, size):
+        assert size == ctypes.sizeof(value._obj)
+        self.things[of][attribute] = value._obj.value
         return 0
 
-    def cublasGemmEx(self, handle, turn_a, turn_b, m, n, k, alpha, a, a_type, a_stride, b, b_type, b_stride, beta, c, c_type,
-                     c_stride, compute, algorithm):  # fmt: skip
+    cublasLtMatmulDescSetAttribute = cublasLtMatmulPreferenceSetAttribute = _set
+
+    def _destroy(self, of):
+        self.things[of] = None
+        return 0
+
+    cublasLtMatmulDescDestroy = cublasLtMatrixLayoutDestroy = cublasLtMatmulPreferenceDestroy = _destroy
+
+    def cublasLtMatmulAlgoGetHeuristic(self, handle, operation, a, b, c, d, preference, wanted, choice, count):
+        assert self.things[preference][1] == products.WORKSPACE_BYTES
+        self.things[operation]["alignments"] = self.alignments = [self.things[preference][i] for i in (5, 6, 7, 8)]
+        choice._obj.algorithm[0], choice._obj.workspace_bytes, count._obj.value = 77, self.workspace_bytes, 1
+        return 0
+
+    def cublasLtMatmul(self, handle, operation, alpha, a, a_layout, b, b_layout, beta, c, c_layout, d, d_layout, algorithm,
+                       workspace, size, stream):  # fmt: skip
+        assert ctypes.c_uint64.from_address(algorithm).value == 77 and (c, c_layout) == (d, d_layout)
+        assert size == self.workspace_bytes and bool(workspace) == bool(size)
+        assert all(x % n == 0 for x, n in zip((a, b, c, d), self.things[operation]["alignments"], strict=True))
         self.calls += 1
-        assert (compute, algorithm, alpha._obj.value) == (68, -1, 1.0)
-        a = at(a, CTYPES[a_type], *((k, m) if turn_a else (m, k)), a_stride).astype(float)
-        b = at(b, CTYPES[b_type], *((n, k) if turn_b else (k, n)), b_stride).astype(float)
-        c = at(c, CTYPES[c_type], m, n, c_stride)
-        c.flags.writeable or c.setflags(write=True)
-        before = beta._obj.value * c.astype(float) if beta._obj.value else 0
-        c[...] = ((a.T if turn_a else a) @ (b.T if turn_b else b) + before).astype(c.dtype)
-        return 0
+        self.workspaces.append(workspace)
+        a, b, c = (self._at(x, self.things[layout]) for x, layout in ((a, a_layout), (b, b_layout), (c, c_layout)))
+        a, b = (x.T if self.things[operation][i] else x for i, x in ((3, a), (4, b)))
+        alpha, beta = (ctypes.c_float.from_address(x).value for x in (alpha, beta))
+        assert alpha == 1
+        before = beta * c.astype(float) if beta else 0
+        c[...] = (a.astype(float) @ b.astype(float) + before).astype(c.dtype)
+        return self.status
+
+    def _at(self, address, layout):
+        dtype, rows, columns, stride = (layout[name] for name in ("dtype", "rows", "columns", "stride"))
+        size = ((columns - 1) * stride + rows) * dtype.itemsize
+        flat = np.frombuffer((ctypes.c_char * size).from_address(address), dtype)
+        return np.lib.stride_tricks.as_strided(flat, (rows, columns), (dtype.itemsize, stride * dtype.itemsize))
 
 
 def install(monkeypatch, memory):

@@ -97,13 +97,23 @@ def test_parts_of_dy_and_wide_gradients(row, to=lambda x: x, back=lambda x: x):
     bias, cut = weight[:, :1].sum(1), dy.shape[-1] // 2
     real = np.dtype("float64" if x.dtype == "float64" else "float32")
     saved = linear_fwd(to(x), to(weight), to(bias))[1]
-    grads = linear_bwd((to(dy[..., :cut].copy()), to(dy[..., cut:].copy())), saved, dtype=real)
+    parts = to(dy[..., :cut].copy()), to(dy[..., cut:].copy())
+    grads = linear_bwd(parts, saved, dtype=real, onto=to(x[..., ::-1].copy()))
     whole = linear_bwd(dense.wide(dy), linear_fwd(*map(dense.wide, (x, weight, bias)))[1])
+    whole = whole._replace(x=whole.x + x[..., ::-1])
     for name, dtype in (("x", x.dtype), ("weight", real), ("bias", real)):
         one, two = back(getattr(grads, name)), getattr(whole, name)
         assert one.shape == two.shape and one.dtype == dtype
-        scale = 2 if name == "x" else 1  # on a GPU a part's product is rounded, and then the sum
+        scale = 2 if name == "x" else 1  # on a GPU the sum with each part's product is rounded
         assert not two.size or dense.cases.relative_error(one, two) <= scale * dense.STORED[dtype.name], name
+
+
+def test_a_gradient_is_added_to_one_of_x():
+    saved = linear_fwd(X, W)[1]
+    with pytest.raises(ValueError, match=r"linear_bwd: onto has shape \(1, 4\), wanted \(2, 4\), the shape of x"):
+        linear_bwd(np.zeros((2, 3), X.dtype), saved, onto=X[:1])
+    with pytest.raises(TypeError, match="linear_bwd: onto is float64, wanted float32, the dtype of x"):
+        linear_bwd(np.zeros((2, 3), X.dtype), saved, onto=dense.wide(X))
 
 
 # ---------------------------------------------------------------------------------------------------- embedding

@@ -1,62 +1,23 @@
 """What cuBLAS is asked for, by a stand-in that does it on the host's memory."""
 
-import ctypes
-from types import SimpleNamespace
-
 import cases
 import emulator
+import library as stand_in
 import numpy as np
 import pytest
 
-from mambacupy.ops import products
-
-CTYPES = {0: np.dtype("f4"), 2: np.dtype("f2"), 14: cases.DTYPES["bfloat16"]}
-
-
-def at(pointer, dtype, rows, columns, stride):
-    """The matrix that cuBLAS sees: columns are contiguous, `stride` apart."""
-    assert stride >= max(1, rows)
-    size = ((columns - 1) * stride + rows) * dtype.itemsize
-    flat = np.frombuffer((ctypes.c_char * size).from_address(pointer.value), dtype)
-    return np.lib.stride_tricks.as_strided(flat, (rows, columns), (dtype.itemsize, stride * dtype.itemsize))
-
-
-class Library:
-    """`cublasGemmEx` in float64, rounded once."""
-
-    def __init__(self):
-        self.calls = 0
-
-    def cublasSetStream_v2(self, handle, stream):
-        return 0
-
-    def cublasGemmEx(self, handle, turn_a, turn_b, m, n, k, alpha, a, a_type, a_stride, b, b_type, b_stride, beta, c, c_type,
-                     c_stride, compute, algorithm):  # fmt: skip
-        self.calls += 1
-        assert (compute, algorithm, alpha._obj.value) == (68, -1, 1.0)
-        a = at(a, CTYPES[a_type], *((k, m) if turn_a else (m, k)), a_stride).astype(float)
-        b = at(b, CTYPES[b_type], *((n, k) if turn_b else (k, n)), b_stride).astype(float)
-        c = at(c, CTYPES[c_type], m, n, c_stride)
-        c.flags.writeable or c.setflags(write=True)
-        before = beta._obj.value * c.astype(float) if beta._obj.value else 0
-        c[...] = ((a.T if turn_a else a) @ (b.T if turn_b else b) + before).astype(c.dtype)
-        return 0
+from mambacupy.ops import plans, products
 
 
 @pytest.fixture
-def library(monkeypatch):
+def xp(monkeypatch):
     emulator.install(monkeypatch)
-    library = Library()
-    monkeypatch.setattr(products, "_library", lambda xp: library)
-    return library
+    return emulator.Memory()
 
 
 @pytest.fixture
-def xp(library):
-    memory = emulator.Memory()
-    stream = SimpleNamespace(ptr=0)
-    memory.cuda = SimpleNamespace(device=SimpleNamespace(get_cublas_handle=lambda: 1), get_current_stream=lambda: stream)
-    return memory
+def library(monkeypatch, xp):
+    return stand_in.install(monkeypatch, xp)
 
 
 VIEWS = {
@@ -105,7 +66,36 @@ def test_other_dtypes_take_the_operator(xp, library):
     assert np.array_equal(out, a @ a.T + 1) and library.calls == 0
 
 
-def test_an_error_of_the_library_is_told(xp, library, monkeypatch):
-    monkeypatch.setattr(library, "cublasGemmEx", lambda *_: 13, raising=False)
+def test_an_error_of_the_library_is_told(xp, library):
+    library.status = 13
     with pytest.raises(RuntimeError, match="cuBLAS answers with status 13"):
         products.product(xp, np.ones((2, 3), np.float16), np.ones((3, 2), np.float16))
+
+
+def test_scratch_memory_is_the_one_given(xp, library):
+    room = np.empty(64, np.uint8)
+    for workspace in (None, room):
+        products.product(xp, np.ones((2, 3), np.float16), np.ones((3, 2), np.float16), workspace=workspace)
+    assert library.workspaces[0] != library.workspaces[1] == room.__array_interface__["data"][0]
+    library.workspace_bytes = 0
+    products.product(xp, np.ones((3, 3), np.float16), np.ones((3, 2), np.float16))
+    assert library.workspaces[2] is None
+
+
+def test_a_plan_is_made_once_for_matrices_of_a_kind_and_what_it_made_is_destroyed(xp, library):
+    room = np.ones(64, np.float16)
+    start = -room.__array_interface__["data"][0] % 32 // 2
+    for first in (start, start + 1, start + 1):
+        products.product(xp, room[first : first + 6].reshape(2, 3), np.ones((3, 2), np.float16))
+    made = len(library.things) - 1
+    assert made == 2 * 5 and library.alignments[1] == 2
+    plans._plans.clear()
+    assert library.things == [None] * (made + 1)
+
+
+def test_what_the_library_has_no_kernel_for_takes_the_operator(xp, library, monkeypatch):
+    monkeypatch.setattr(library, "cublasLtMatmulAlgoGetHeuristic", lambda *_: 15, raising=False)
+    a = np.arange(6.0).reshape(2, 3).astype(np.float16)
+    out = np.ones((2, 2), np.float32)
+    assert np.array_equal(products.product(xp, a, a.T), a @ a.T)
+    assert np.array_equal(products.product(xp, a, a.T, out, accumulate=True), a @ a.T + 1) and library.calls == 0

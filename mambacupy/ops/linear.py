@@ -68,7 +68,7 @@ def linear_fwd(x, weight, bias=None):
     return y.reshape(*x.shape[:-1], weight.shape[0]), LinearSaved(x, weight, bias)  # (rows, out) -> (..., out)
 
 
-def linear_bwd(dy, saved, *, dtype=None):
+def linear_bwd(dy, saved, *, dtype=None, onto=None):
     """Gradient of `linear_fwd`.
 
     Parameters
@@ -80,6 +80,8 @@ def linear_bwd(dy, saved, *, dtype=None):
         Second result of `linear_fwd`; its arrays must not have been written to since.
     dtype : dtype, optional
         Of the gradients of weight and bias: x's by default, or float32 where that is a 16-bit one.
+    onto : array (..., in), optional
+        What the gradient of x is added to, of x's dtype: where x went elsewhere too. It may be written to.
 
     Returns
     -------
@@ -91,17 +93,18 @@ def linear_bwd(dy, saved, *, dtype=None):
     TypeError, ValueError
         dy is no array of the library and device of `saved`, or its dtype or shape does not fit; `saved` is something else.
     """
-    xp, dtype = checks_dense.linear_bwd("linear_bwd", saved, dy, dtype)
+    xp, dtype = checks_dense.linear_bwd("linear_bwd", saved, dy, dtype, onto)
     if xp.__name__ == "numpy":
-        return reference.linear_bwd(dy, saved, dtype=dtype)
+        return reference.linear_bwd(dy, saved, dtype=dtype, onto=onto)
     x, weight, bias = saved
     with x.device:
         parts = [reference.rows(part).astype(x.dtype, copy=False) for part in (dy if isinstance(dy, tuple) else (dy,))]
         x_rows = reference.rows(x)
-        dx, start, dweight = None, 0, None if len(parts) == 1 else xp.empty(weight.shape, dtype)
+        dx = None if onto is None else reference.rows(xp.ascontiguousarray(onto))
+        start, dweight = 0, None if len(parts) == 1 else xp.empty(weight.shape, dtype)
         for part in parts:
             rows_of_part = slice(start, start + part.shape[1])
-            dx = product(xp, part, weight[rows_of_part], dx, accumulate=start > 0)
+            dx = product(xp, part, weight[rows_of_part], dx, accumulate=dx is not None)
             made = product(xp, part.T, x_rows, None if dweight is None else dweight[rows_of_part], dtype=dtype)
             start = rows_of_part.stop
         dweight = made if dweight is None else dweight

@@ -2,23 +2,39 @@
 
 CuPy multiplies matrices of 16-bit numbers well, but a call takes the host some 40 us, copies a matrix whose rows lie apart,
 rounds what is summed up in float32, adds to nothing, and refuses inside a stream's capture. The library that CuPy has loaded
-can do all of it, by `cublasGemmEx`. Other dtypes, and an installation where it is not found, take CuPy's way.
+can do all of it, by `cublasLtMatmul`, and chooses among its kernels once for all products of a kind. Other dtypes, and an
+installation where it is not found, take CuPy's way.
 """
 
 import ctypes
 import functools
 import sys
 
+import numpy as np
+
 from mambacupy import arrays, kernels
+from mambacupy.ops import plans
 
-__all__ = ["product"]
+__all__ = ["WORKSPACE_BYTES", "available", "product"]
 
-_TYPES = {"float32": 0, "float16": 2, "bfloat16": 14}  # cudaDataType_t
-_COMPUTE_32F, _DEFAULT_ALGORITHM = 68, -1
-_MOST = 2**31 - 1
+WORKSPACE_BYTES = 32 * 2**20
+"""Scratch memory that the library may ask for, at most."""
+
+_TYPES = {"float32": 0, "float16": 2, "bfloat16": 14}  # of cudaDataType_t
+_COMPUTE_32F = 68  # of cublasComputeType_t
+_TRANSA, _TRANSB = 3, 4  # of cublasLtMatmulDescAttributes_t
+_MOST_WORKSPACE, _ALIGNMENT_OF_A = 1, 5  # of cublasLtMatmulPreferenceAttributes_t; those of B, C and D follow
+_16_BIT = ("float16", "bfloat16")
+_FACTORS = (ctypes.c_float * 2)(0, 1)
+_ZERO, _ONE = ctypes.addressof(_FACTORS), ctypes.addressof(_FACTORS) + 4
 
 
-def product(xp, a, b, out=None, accumulate=False, dtype=None):
+def available(xp):
+    """Whether 16-bit products go to the library directly, and so may be captured."""
+    return _library(xp) is not None
+
+
+def product(xp, a, b, out=None, accumulate=False, dtype=None, workspace=None):
     """a @ b.
 
     Parameters
@@ -33,6 +49,8 @@ def product(xp, a, b, out=None, accumulate=False, dtype=None):
         Add to what is in `out`.
     dtype : dtype, optional
         Of the product, where there is no `out`: a's by default, or float32, in which 16-bit products are summed up.
+    workspace : array of WORKSPACE_BYTES, optional
+        Scratch memory; a capture needs it, because what the pool lends is lent to others when the graph runs.
 
     Returns
     -------
@@ -40,11 +58,9 @@ def product(xp, a, b, out=None, accumulate=False, dtype=None):
     """
     made = out
     if a.dtype.name in _16_BIT and a.dtype == b.dtype and 0 not in a.shape and b.shape[1] and _library(xp) is not None:
-        (a, left), (b, right) = _laid_out(xp, a), _laid_out(xp, b)
-        if max(*a.shape, *b.shape, left[1], right[1]) <= _MOST:
-            if made is None:
-                made = xp.empty((a.shape[0], b.shape[1]), dtype or a.dtype)
-            _multiply(xp, a, left, b, right, made, accumulate)
+        if made is None:
+            made = xp.empty((a.shape[0], b.shape[1]), a.dtype if dtype is None else dtype)
+        if _multiplied(xp, a, b, made, accumulate, workspace):
             return made
     result = _by_operator(a, b)
     if out is None:
@@ -62,7 +78,17 @@ def _by_operator(a, b):
     return a @ b
 
 
-_16_BIT = ("float16", "bfloat16")
+def _multiplied(xp, a, b, out, accumulate, workspace):
+    """Whether the library has done it."""
+    a, b = (x if _layout(x) else xp.ascontiguousarray(x) for x in (a, b))
+    plan = plans.planned(_Plan, (_library(xp), xp, a, b, out), (a, b, out), ())
+    if not plan.found:
+        return False
+    if workspace is None and plan.workspace_bytes:
+        workspace = xp.empty(plan.workspace_bytes, np.dtype(np.uint8))
+    beta, (a, b, out, workspace) = _ONE if accumulate else _ZERO, map(kernels.address, (a, b, out, workspace))
+    plan.run(xp, a, b, out, beta, workspace)
+    return True
 
 
 def _layout(x):
@@ -79,26 +105,64 @@ def _layout(x):
     return None
 
 
-def _laid_out(xp, x):
-    """x, or a copy where it has no layout, and its layout."""
-    layout = _layout(x)
-    return (x, layout) if layout else (xp.ascontiguousarray(x), (0, max(1, x.shape[1])))
+class _Plan:
+    """How the library multiplies matrices of a kind. It counts along columns: what is asked of it is outᵀ = bᵀ·aᵀ."""
 
-
-def _multiply(xp, a, left, b, right, out, accumulate):
-    """cuBLAS counts along columns: what is asked of it is outᵀ = bᵀ·aᵀ."""
-    library, handle = _library(xp), ctypes.c_void_p(xp.cuda.device.get_cublas_handle())
-    _succeed(library.cublasSetStream_v2(handle, ctypes.c_void_p(xp.cuda.get_current_stream().ptr)))
-    kind, (rows, inner), columns = _TYPES[a.dtype.name], a.shape, b.shape[1]
-    (b_transposed, b_stride), (a_transposed, a_stride) = right, left
-    _succeed(
-        library.cublasGemmEx(
-            handle, b_transposed, a_transposed, columns, rows, inner, ctypes.byref(ctypes.c_float(1)),
-            ctypes.c_void_p(kernels.address(b)), kind, b_stride, ctypes.c_void_p(kernels.address(a)), kind, a_stride,
-            ctypes.byref(ctypes.c_float(accumulate)), ctypes.c_void_p(kernels.address(out)), _TYPES[out.dtype.name], columns,
-            _COMPUTE_32F, _DEFAULT_ALGORITHM,
+    def __init__(self, library, xp, a, b, out):
+        self.library, self.made = library, []
+        (a_transposed, a_stride), (b_transposed, b_stride) = _layout(a), _layout(b)
+        self.operation = self._make("MatmulDesc", _COMPUTE_32F, _TYPES["float32"])
+        for attribute, transposed in ((_TRANSA, b_transposed), (_TRANSB, a_transposed)):
+            self._set("MatmulDesc", self.operation, attribute, ctypes.c_int32(transposed))
+        (rows, columns), inner, kind = out.shape, a.shape[1], _TYPES[a.dtype.name]
+        self.b = self._make("MatrixLayout", kind, *((inner, columns) if b_transposed else (columns, inner)), b_stride)
+        self.a = self._make("MatrixLayout", kind, *((rows, inner) if a_transposed else (inner, rows)), a_stride)
+        self.out = self._make("MatrixLayout", _TYPES[out.dtype.name], columns, rows, columns)
+        preference = self._make("MatmulPreference")
+        self._set("MatmulPreference", preference, _MOST_WORKSPACE, ctypes.c_uint64(WORKSPACE_BYTES))
+        for i, x in enumerate((b, a, out, out)):
+            aligned = kernels.address(x) & 31  # as much of the address as plans are told apart by
+            self._set("MatmulPreference", preference, _ALIGNMENT_OF_A + i, ctypes.c_uint32(aligned & -aligned or 32))
+        self.choice, count = _Choice(), ctypes.c_int(0)
+        layouts = self.b, self.a, self.out, self.out
+        status = library.cublasLtMatmulAlgoGetHeuristic(
+            _handle(xp), self.operation, *layouts, preference, 1, ctypes.byref(self.choice), ctypes.byref(count)
         )
-    )  # fmt: skip
+        self.found = not status and count.value == 1 and not self.choice.status
+        self.workspace_bytes = self.choice.workspace_bytes
+        self.algorithm = ctypes.addressof(self.choice)
+
+    def run(self, xp, a, b, out, beta, workspace):
+        """Launch, given addresses."""
+        stream = xp.cuda.get_current_stream().ptr
+        _succeed(
+            self.library.cublasLtMatmul(
+                _handle(xp), self.operation, _ONE, b, self.b, a, self.a, beta, out, self.out, out, self.out, self.algorithm,
+                workspace if self.workspace_bytes else None, self.workspace_bytes, stream,
+            )
+        )  # fmt: skip
+
+    def _make(self, kind, *given):
+        pointer = ctypes.c_void_p()
+        _succeed(getattr(self.library, f"cublasLt{kind}Create")(ctypes.byref(pointer), *given))
+        self.made.append((kind, pointer.value))
+        return pointer.value
+
+    def _set(self, kind, of, attribute, value):
+        _succeed(getattr(self.library, f"cublasLt{kind}SetAttribute")(of, attribute, ctypes.byref(value), ctypes.sizeof(value)))
+
+    def __del__(self):
+        for kind, pointer in self.made:
+            getattr(self.library, f"cublasLt{kind}Destroy")(pointer)
+
+
+class _Choice(ctypes.Structure):
+    """cublasLtMatmulHeuristicResult_t, which begins with the algorithm."""
+
+    _fields_ = [
+        ("algorithm", ctypes.c_uint64 * 8), ("workspace_bytes", ctypes.c_size_t), ("status", ctypes.c_int),
+        ("waves", ctypes.c_float), ("_", ctypes.c_int * 4),
+    ]  # fmt: skip
 
 
 def _succeed(status):
@@ -106,17 +170,39 @@ def _succeed(status):
         raise RuntimeError(f"product: cuBLAS answers with status {status}")
 
 
+def _handle(xp):
+    """CuPy's of this thread and device; one of cuBLAS is one of its light library too."""
+    return xp.cuda.device.get_cublas_handle()
+
+
 @functools.cache
 def _library(xp):
-    """The cuBLAS that CuPy has loaded, or None."""
+    """The cuBLASLt that CuPy's cuBLAS has loaded, or None."""
     if xp.__name__ != "cupy":
         return None
-    xp.cuda.device.get_cublas_handle()  # loads it
+    _handle(xp)  # loads it
     major = xp.cuda.runtime.runtimeGetVersion() // 1000
     try:
-        library = ctypes.CDLL(f"cublas64_{major}.dll" if sys.platform == "win32" else f"libcublas.so.{major}")
-        for name in ("cublasSetStream_v2", "cublasGemmEx"):
-            getattr(library, name).restype = ctypes.c_int
-        return library
+        library = ctypes.CDLL(f"cublasLt64_{major}.dll" if sys.platform == "win32" else f"libcublasLt.so.{major}")
+        return _declared(library)
     except (OSError, AttributeError):
         return None
+
+
+def _declared(library):
+    """The library with the types of what its functions take."""
+    pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
+    takes = {
+        "MatmulDescCreate": [pointer, number, number],
+        "MatrixLayoutCreate": [pointer, number, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int64],
+        "MatmulPreferenceCreate": [pointer],
+        "MatmulAlgoGetHeuristic": [pointer] * 7 + [number, pointer, pointer],
+        "Matmul": [pointer] * 14 + [size, pointer],
+    }
+    for kind in ("MatmulDesc", "MatrixLayout", "MatmulPreference"):
+        takes[f"{kind}Destroy"] = [pointer]
+        takes[f"{kind}SetAttribute"] = [pointer, number, pointer, size]
+    for name, types in takes.items():
+        function = getattr(library, f"cublasLt{name}")
+        function.argtypes, function.restype = types, ctypes.c_int
+    return library
