@@ -77,21 +77,22 @@ def _check(operation, named):
     """The library that all arrays share; they are alike in shape."""
     first, firsts = next(iter(named.items()))
     xp = arrays.library_of(operation, first, firsts[0])
+    shapes = None
     for name, given in named.items():
         kinds = set(map(type, given))
-        if len(kinds) > 1 or type(firsts[0]) not in kinds:
+        if kinds != {type(firsts[0])} or (xp is not np and len({x.data.device_id for x in (firsts[0], *given)}) > 1):
             for x in given:
-                arrays.namespace(operation, **{f"{first}[0]": firsts[0], name: x})
-        for x, like in zip(given, firsts, strict=True):
-            if x.shape != like.shape:
-                raise ValueError(f"{operation}: {name} has an array of shape {x.shape}, wanted {like.shape} as in {first}")
-            if xp is not np and x.data.device_id != firsts[0].data.device_id:
                 arrays.namespace(operation, **{f"{first}[0]": firsts[0], name: x})  # which complains
+        own = [x.shape for x in given]
+        shapes = shapes or own
+        for shape, wanted in zip(own, shapes, strict=True) if own != shapes else ():
+            if shape != wanted:
+                raise ValueError(f"{operation}: {name} has an array of shape {shape}, wanted {wanted} as in {first}")
     return xp
 
 
 def _adamw(xp, params, grads, means, squares, decays, numbers):
-    given = [[rows.contiguous(xp, x) for x in nest] for nest in (params, grads, means, squares)]
+    given = [_plain(xp, nest) for nest in (params, grads, means, squares)]
     made = [[xp.empty(x.shape, x.dtype) for x in nest] for nest in (params, means, squares)]
     facts = struct.unpack("9q", struct.pack("9d", *numbers))
     for dtypes, members in _groups(*given[:3]):
@@ -102,7 +103,7 @@ def _adamw(xp, params, grads, means, squares, decays, numbers):
 
 
 def _clip(xp, grads, most):
-    given = [rows.contiguous(xp, g) for g in grads]
+    given = _plain(xp, grads)
     made = [xp.empty(g.shape, g.dtype) for g in grads]
     groups = []
     for (dtype,), members in _groups(given):
@@ -119,6 +120,12 @@ def _clip(xp, grads, most):
     for (_, many), constants in zip(groups, types, strict=True):
         many.launch("clip.cu", "clip_scale", constants, many.blocks, buffers, numbers | {"first_part": 0})
     return made, buffers["result"][0]
+
+
+def _plain(xp, given):
+    """Arrays as kernels read them: contiguous, and whole. Almost all are, and asked in the shortest way."""
+    address = kernels.address
+    return [x if x.flags.c_contiguous and not address(x) % x.itemsize else rows.contiguous(xp, x) for x in given]
 
 
 def _groups(*nests):
