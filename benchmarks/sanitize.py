@@ -103,12 +103,12 @@ def with_library(dtype):
     loss, saved = softmax_cross_entropy_fwd(logits, tokens[:, 1:])
     grads = backprop(softmax_cross_entropy_bwd(1.0, saved).logits)
     yield f"model {dtype}", (loss, grads["embedding"]["weight"])
-    for batch in (3, 9):  # norms within products, and by themselves
-        decoder = Decoder(model, params, batch, graph=False)
+    for batch in (3, 9, 33):  # norms within maps; by themselves; maps that are products by the library
+        decoder, given = Decoder(model, params, batch, graph=False), tokens[cp.arange(batch) % 9]
         state = model.init_state(params, batch)
-        model.advance(params, tokens[:batch, :5], state)
-        logits = model.advance(params, tokens[:batch, 5:6], state)
-        yield f"steps {dtype}, batch {batch}", (logits, decoder.step(tokens[:batch, 5]))
+        model.advance(params, given[:, :5], state)
+        logits = model.advance(params, given[:, 5:6], state)
+        yield f"steps {dtype}, batch {batch}", (logits, decoder.step(given[:, 5]))
 
 
 if __name__ == "__main__":
