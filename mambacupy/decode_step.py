@@ -23,8 +23,9 @@ THREADS, WARPS = 256, 8
 MOST_FUSED = 8
 """Sequences up to which each block normalises all of them for itself."""
 
-LEAST_MULTIPLIED = 32
-"""Sequences from which on maps are products of matrices by the library."""
+LEAST_MULTIPLIED = 32, 2**28
+"""Sequences, and bytes of in_proj times sequences, from which on maps are products of matrices by the library. Below, its
+launches, which wait for each other, take longer than what it saves."""
 
 STAGED_BYTES = 40 * 1024
 """Shared memory that their normalised vectors may take."""
@@ -66,7 +67,7 @@ class DecodeStep:
         self.dtype = model._dtype(params["embedding"]["weight"])
         self.tensor, self.overlap = int(tensor_cores and self.dtype.itemsize == 2), int(overlap)
         self.workspace = None
-        if library and self.dtype.itemsize == 2 and batch >= LEAST_MULTIPLIED:
+        if library and self.dtype.itemsize == 2 and self._is_multiplied(batch):
             self.workspace = xp.empty((products.WORKSPACE_BYTES,), np.dtype(np.uint8))
         c, mixer, device = self.config, model.block.mixer, kernels.device()
         self.multiprocessors = device.multiprocessors
@@ -96,6 +97,10 @@ class DecodeStep:
         numbers = {"size": c.vocab_size, "x_row": c.padded_vocab_size}
         vector = _widest(16 // self.dtype.itemsize, self.logits, c.padded_vocab_size)
         self._add("largest.cu", "largest", {"VECTOR": vector}, batch, numbers, {"x": self.logits, "places": self.tokens})
+
+    def _is_multiplied(self, batch):
+        sequences, size = LEAST_MULTIPLIED
+        return batch >= sequences and batch * 2 * self.config.d_inner * self.config.d_model * self.dtype.itemsize >= size
 
     def run(self):
         """Launch all, on the current stream."""

@@ -9,7 +9,7 @@ import library as stand_in
 import numpy as np
 import pytest
 
-from mambacupy import kernels
+from mambacupy import decode_step, kernels
 from mambacupy.decode_step import DecodeStep
 from mambacupy.decoder import Decoder
 from mambacupy.generation import generate
@@ -111,6 +111,7 @@ def test_a_step_is_the_models(memory, row):
 def test_a_step_of_products_is_the_models(memory, monkeypatch, row):
     model, params = make("float16", **ROWS[row] | {"n_layer": 1, "d_model": 24, "vocab_size": 20, "dt_rank": 5})
     library = stand_in.install(monkeypatch, memory)
+    monkeypatch.setattr(decode_step, "LEAST_MULTIPLIED", (33, 0))
     step = DecodeStep(memory, model, params, 33, True, overlap=False, library=True)
 
     def run(tokens):
@@ -263,6 +264,14 @@ ON_GPU += [(row, *how) for row in ROWS if row != "base" for how in (("float32", 
 @pytest.mark.parametrize(("row", "dtype", "batch"), ON_GPU)
 def test_gpu_graph_is_the_plain_path(row, dtype, batch):
     assert on_gpu(*make(dtype, **ROWS[row]), batch) <= ERRORS[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_gpu_products_in_the_graph_are_the_plain_path(row, dtype, monkeypatch):
+    monkeypatch.setattr(decode_step, "LEAST_MULTIPLIED", (1, 0))
+    assert on_gpu(*make(dtype, **ROWS[row]), 10) <= ERRORS[dtype]
 
 
 @pytest.mark.gpu

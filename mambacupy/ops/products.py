@@ -9,6 +9,7 @@ installation where it is not found, take CuPy's way.
 import ctypes
 import functools
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -24,7 +25,7 @@ _TYPES = {"float32": 0, "float16": 2, "bfloat16": 14}  # of cudaDataType_t
 _COMPUTE_32F = 68  # of cublasComputeType_t
 _TRANSA, _TRANSB = 3, 4  # of cublasLtMatmulDescAttributes_t
 _MOST_WORKSPACE, _ALIGNMENT_OF_A = 1, 5  # of cublasLtMatmulPreferenceAttributes_t; those of B, C and D follow
-_16_BIT = ("float16", "bfloat16")
+_16_BIT = {arrays.FLOAT_DTYPES["float16"], arrays.BFLOAT16}
 _FACTORS = (ctypes.c_float * 2)(0, 1)
 _ZERO, _ONE = ctypes.addressof(_FACTORS), ctypes.addressof(_FACTORS) + 4
 
@@ -57,7 +58,7 @@ def product(xp, a, b, out=None, accumulate=False, dtype=None, workspace=None):
     array (rows, columns)
     """
     made = out
-    if a.dtype.name in _16_BIT and a.dtype == b.dtype and 0 not in a.shape and b.shape[1] and _library(xp) is not None:
+    if a.dtype in _16_BIT and a.dtype == b.dtype and 0 not in a.shape and b.shape[1] and _library(xp) is not None:
         if made is None:
             made = xp.empty((a.shape[0], b.shape[1]), a.dtype if dtype is None else dtype)
         if _multiplied(xp, a, b, made, accumulate, workspace):
@@ -80,15 +81,22 @@ def _by_operator(a, b):
 
 def _multiplied(xp, a, b, out, accumulate, workspace):
     """Whether the library has done it."""
-    a, b = (x if _layout(x) else xp.ascontiguousarray(x) for x in (a, b))
-    plan = plans.planned(_Plan, (_library(xp), xp, a, b, out), (a, b, out), ())
-    if not plan.found:
+    plan = plans.planned(_plan, (xp, a, b, out), (a, b, out), ())
+    if plan is None:
         return False
+    if plan.copied:
+        return _multiplied(xp, *(x if _layout(x) else xp.ascontiguousarray(x) for x in (a, b)), out, accumulate, workspace)
     if workspace is None and plan.workspace_bytes:
         workspace = xp.empty(plan.workspace_bytes, np.dtype(np.uint8))
-    beta, (a, b, out, workspace) = _ONE if accumulate else _ZERO, map(kernels.address, (a, b, out, workspace))
-    plan.run(xp, a, b, out, beta, workspace)
+    plan.run(xp, *map(kernels.address, (a, b, out, workspace)), _ONE if accumulate else _ZERO)
     return True
+
+
+def _plan(xp, a, b, out):
+    """How matrices of a kind are multiplied; None where the library does not."""
+    copied = not (_layout(a) and _layout(b))
+    plan = SimpleNamespace(copied=True) if copied else _Plan(_library(xp), xp, a, b, out)
+    return plan if copied or plan.found else None
 
 
 def _layout(x):
@@ -107,6 +115,8 @@ def _layout(x):
 
 class _Plan:
     """How the library multiplies matrices of a kind. It counts along columns: what is asked of it is outᵀ = bᵀ·aᵀ."""
+
+    copied = False
 
     def __init__(self, library, xp, a, b, out):
         self.library, self.made = library, []
@@ -132,7 +142,7 @@ class _Plan:
         self.workspace_bytes = self.choice.workspace_bytes
         self.algorithm = ctypes.addressof(self.choice)
 
-    def run(self, xp, a, b, out, beta, workspace):
+    def run(self, xp, a, b, out, workspace, beta):
         """Launch, given addresses."""
         stream = xp.cuda.get_current_stream().ptr
         _succeed(
