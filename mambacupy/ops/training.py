@@ -93,7 +93,7 @@ def _check(operation, named):
 
 def _adamw(xp, params, grads, means, squares, decays, numbers):
     given = [_plain(xp, nest) for nest in (params, grads, means, squares)]
-    made = [[xp.empty(x.shape, x.dtype) for x in nest] for nest in (params, means, squares)]
+    made = [_fresh(xp, nest) for nest in (params, means, squares)]
     facts = struct.unpack("9q", struct.pack("9d", *numbers))
     for dtypes, members in _groups(*given[:3]):
         many = _Many(xp, [[nest[i] for i in members] for nest in (*given, *made)], [int(decays[i]) for i in members], facts)
@@ -104,7 +104,7 @@ def _adamw(xp, params, grads, means, squares, decays, numbers):
 
 def _clip(xp, grads, most):
     given = _plain(xp, grads)
-    made = [xp.empty(g.shape, g.dtype) for g in grads]
+    made = _fresh(xp, grads)
     groups = []
     for (dtype,), members in _groups(given):
         groups.append((dtype, _Many(xp, [[nest[i] for i in members] for nest in (given, made)])))
@@ -128,12 +128,20 @@ def _plain(xp, given):
     return [x if x.flags.c_contiguous and not address(x) % x.itemsize else rows.contiguous(xp, x) for x in given]
 
 
+def _fresh(xp, like):
+    """Arrays of these shapes and dtypes in one allocation: hundreds, made where a step's activations have just been freed, would
+    leave the pool in pieces too small for those of the next."""
+    starts, size = plans.room({i: x.nbytes for i, x in enumerate(like)})
+    room = xp.empty(size, np.dtype(np.uint8))
+    return [room[starts[i] : starts[i] + x.nbytes].view(x.dtype).reshape(x.shape) for i, x in enumerate(like)]
+
+
 def _groups(*nests):
     """For arrays of the same dtypes in all nests: the dtypes' names, and which places they have."""
     found = {}
-    for i, together in enumerate(zip(*nests, strict=True)):
-        found.setdefault(tuple(x.dtype for x in together), []).append(i)
-    return [(tuple(dtype.name for dtype in dtypes), members) for dtypes, members in found.items()]
+    for i, numbers in enumerate(zip(*([x.dtype.num for x in nest] for nest in nests), strict=True)):
+        found.setdefault(numbers, []).append(i)
+    return [(tuple(nest[members[0]].dtype.name for nest in nests), members) for members in found.values()]
 
 
 class _Many:
