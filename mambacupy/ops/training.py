@@ -129,8 +129,8 @@ def _plain(xp, given):
 
 
 def _fresh(xp, like):
-    """Arrays of these shapes and dtypes in one allocation: hundreds, made where a step's activations have just been freed, would
-    leave the pool in pieces too small for those of the next."""
+    """Arrays of these shapes and dtypes in one allocation: hundreds, made where a step's activations have just been freed,
+    would leave the pool in pieces too small for those of the next."""
     starts, size = plans.room({i: x.nbytes for i, x in enumerate(like)})
     room = xp.empty(size, np.dtype(np.uint8))
     return [room[starts[i] : starts[i] + x.nbytes].view(x.dtype).reshape(x.shape) for i, x in enumerate(like)]
