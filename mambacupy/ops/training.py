@@ -163,8 +163,9 @@ class _Many:
         widths = np.array([one[0].itemsize for one in lists])
         self.vector = math.gcd(16 // int(widths.max()), int(np.gcd.reduce(addresses // widths[:, None], axis=None)))
         sizes = tuple(x.size for x in lists[0])
-        options = (sizes, THREADS * ITEMS * self.vector)
-        self.owner, firsts = plans.planned(_owners, (xp, *options), (), options)
+        given = sizes, THREADS * ITEMS * self.vector
+        device = getattr(getattr(lists[0][0], "device", None), "id", None)  # the plan holds an array there
+        self.owner, firsts = plans.planned(_owners, (xp, *given), (), (*given, device))
         self.blocks = self.owner.size
         columns = [sizes, firsts, *([flags] if flags else []), *addresses]
         rows_of_table = np.array(columns, np.int64).T.ravel()
