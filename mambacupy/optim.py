@@ -64,11 +64,10 @@ class AdamW:
         """
         step, (beta1, beta2) = state.step + 1, self.betas
         rate = self.rate(step) if callable(self.rate) else self.rate
-        lists, decays = [[], [], [], []], []
-        map_params(lambda *same: _append(lists, same), params, grads, state.mean, state.square)
-        map_params(lambda p, decay: decays.append(decay), params, which_decay(params))
-        if not decays:
+        lists = [_leaves(params, nest) for nest in (params, grads, state.mean, state.square)]
+        if not lists[0]:
             return params, AdamWState(step, state.mean, state.square)
+        decays = _leaves(params, which_decay(params))
         numbers = (beta1, 1 - beta1, beta2, 1 - beta2, 1 - beta1**step, 1 - beta2**step, self.eps, rate, self.decay)
         moved, mean, square = (_nest(params, found) for found in training.adamw(*lists, decays, numbers))
         return moved, AdamWState(step, mean, square)
@@ -91,23 +90,39 @@ def clip_by_norm(grads, most):
     grads, norm
         The norm before, a float32 (float64) array without axes, so that nothing waits for a GPU.
     """
-    found = []
-    map_params(found.append, grads)
+    found = _leaves(grads, grads)
     if not found:
         return grads, np.float32(0)
     found, norm = training.clip(found, most)
     return _nest(grads, found), norm
 
 
-def _append(lists, arrays_of_one_place):
-    for one, x in zip(lists, arrays_of_one_place, strict=True):
-        one.append(x)
+def _leaves(like, nest, found=None):
+    """The arrays of a nest in the order in which `like`, a nest built as it is, has them. A third of `map_params`'s time."""
+    found = [] if found is None else found
+    if isinstance(like, dict):
+        for key, value in like.items():
+            _leaves(value, nest[key], found)
+    elif isinstance(like, (list, tuple)):
+        for value, part in zip(like, nest, strict=True):
+            _leaves(value, part, found)
+    elif like is not None:
+        found.append(nest)
+    return found
 
 
 def _nest(like, found):
     """Arrays in the order of the nest `like`, nested as it is."""
-    found = iter(found)
-    return map_params(lambda _: next(found), like)
+    return _rebuilt(like, iter(found))
+
+
+def _rebuilt(like, found):
+    if isinstance(like, dict):
+        return {key: _rebuilt(value, found) for key, value in like.items()}
+    if isinstance(like, (list, tuple)):
+        parts = [_rebuilt(value, found) for value in like]
+        return type(like)(*parts) if hasattr(like, "_fields") else type(like)(parts)
+    return None if like is None else next(found)
 
 
 def warmup_cosine(peak, warmup, total, floor=0.0):
