@@ -8,10 +8,10 @@
 // Idea: as forward, with no shared memory. The gradient of a step depends on dp up to WIDTH - 1 steps later:
 //   channels contiguous   VECTOR channels a thread, windows of e and of dp sliding along; dx follows WIDTH - 1 steps behind, and
 //                         a part of time is walked so much further than its end. Loads run a round ahead.
-//   time contiguous       LANES lanes a part of a channel, VECTOR steps each in turn, a chunk. Chunks are walked from the last to
-//                         the first: a lane gets later dp from its neighbours, and the last ones from the chunk that was walked
-//                         before, whose dp are still in registers. Loads run a chunk ahead. What follows the part is a chunk
-//                         of which only dp counts.
+//   time contiguous       LANES lanes a part of a channel, VECTOR steps each in turn, a chunk. Chunks are walked from the last
+//                         to the first: a lane gets later dp from its neighbours, and the last lanes from the chunk that was
+//                         walked before, whose dp are still in registers. Loads run a chunk ahead. What follows the part is a
+//                         chunk of which only dp counts.
 // What a part adds to dw and dbias is summed in registers (over lanes in a fixed order) and left in `parts`, (batch, splits,
 // WIDTH then bias, dim); sum_parts.cu adds them up.
 //
@@ -36,8 +36,8 @@ struct Params {
 };
 
 // Blocks that a multiprocessor is to hold: as many as registers allow where the common filters do not spill.
-#if __CUDA_ARCH__ >= 900
-constexpr int BLOCKS_OF_CHANNELS = WIDTH == 4 && sizeof(DY_T) == 2 ? 4 : 3;
+#if __CUDA_ARCH__ == 900 || __CUDA_ARCH__ >= 1200
+constexpr int BLOCKS_OF_CHANNELS = WIDTH == 4 && sizeof(DY_T) == 2 && !REVERSE ? 4 : 3;
 #else
 constexpr int BLOCKS_OF_CHANNELS = 3;
 #endif
@@ -47,7 +47,6 @@ template <bool ANSWER> struct Known { static constexpr bool yes = ANSWER; };
 
 #if TIME_CONTIGUOUS
 
-DEVICE constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
 constexpr int CHUNK = LANES * VECTOR;
 constexpr int BACK = BEFORE < VECTOR ? power_of_two(BEFORE) : VECTOR;  // elements in a pack of those that lie before
 constexpr int HALO = (BEFORE + BACK - 1) / BACK;                       // such packs
@@ -72,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) causal_conv1d_bwd(
     element* dx = p.dx + b * p.dx_batch + c * p.dx_row;
     const element* initial = p.initial_state ? p.initial_state + b * p.init_batch + c * p.init_dim : nullptr;
     const element* dfinal = p.dfinal_state ? p.dfinal_state + b * p.dfinal_batch + c * p.dfinal_dim : nullptr;
-    auto in_memory = [&](long long s, int count) { return REVERSE ? p.length - count - s : s; };      // of a pack walked from s on
+    auto in_memory = [&](long long s, int count) { return REVERSE ? p.length - count - s : s; };  // of a pack walked from s on
 
     real w[WIDTH] = {}, bias = exists && p.bias ? to_real(p.bias[c * p.bias_dim]) : real(0);
     real sums[WIDTH + 1] = {};                                         // dw, dbias

@@ -266,6 +266,8 @@ def test_aligned_memory_is_moved_16_bytes_at_a_time(recorder):
 COMPILED = {
     "base": {"dtype": "bfloat16", "weight_dtype": "float32", "length": 72},
     "channels": {"dtype": "bfloat16", "weight_dtype": "float32", "order": "channel"},
+    "channels-reverse": {"dtype": "bfloat16", "weight_dtype": "float32", "order": "channel", "reverse": True},
+    "channels-bfloat16": {"dtype": "bfloat16", "weight_dtype": "bfloat16", "order": "channel"},
     "channels-float32-dy": {"dtype": "bfloat16", "weight_dtype": "float32", "dy_dtype": "float32", "order": "channel"},
     "channels-float32": {"order": "channel"},
     "channels-width-2": {"dtype": "bfloat16", "order": "channel", "width": 2},
@@ -280,7 +282,7 @@ COMPILED = {
 
 
 @pytest.mark.parametrize("row", COMPILED)
-@pytest.mark.parametrize("architecture", ["75", "90", "120"])
+@pytest.mark.parametrize("architecture", ["75", "80", "90", "100", "120"])
 def test_compiles_without_spills(recorder, row, architecture):
     pytest.importorskip("cupy", reason="the compile tests need CuPy and NVRTC (the extra `test`)")
     run_all(*make(**COMPILED[row]))
