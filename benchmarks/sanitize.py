@@ -10,6 +10,7 @@ from mambacupy import (
     causal_conv1d_bwd,
     causal_conv1d_fwd,
     causal_conv1d_update,
+    decode_step,
     selective_scan_bwd,
     selective_scan_fwd,
     selective_state_update,
@@ -21,6 +22,7 @@ from mambacupy.ops import plans
 from mambacupy.ops.linear import embedding_bwd, embedding_fwd
 from mambacupy.ops.loss import softmax_cross_entropy_bwd, softmax_cross_entropy_fwd
 from mambacupy.ops.norm import layer_norm_bwd, layer_norm_fwd, rms_norm_bwd, rms_norm_fwd
+from mambacupy.optim import AdamW, clip_by_norm
 
 ROWS = ("base", "bfloat16", "complex-bfloat16", "channel-order-bfloat16", "groups-differ", "constant-BC", "zoh", "reverse",
         "length-1", "length-65", "state-5", "state-32-channel-order-bfloat16", "state-300", "dim-7", "float64")  # fmt: skip
@@ -85,6 +87,11 @@ def operations(dtype):
         loss, saved = softmax_cross_entropy_fwd(tensor(9, vocabulary), targets)
         yield f"cross entropy {dtype}, {vocabulary}", (loss, softmax_cross_entropy_bwd(1.0, saved).logits)
 
+    params, adam = {"weight": tensor(67, 65), "bias": tensor(7)}, AdamW(0.01)  # more than a block's, and no whole pack
+    grads, norm = clip_by_norm(params, 1.0)
+    params, after = adam.update(params, grads, adam.init(params))
+    yield f"clipping and AdamW {dtype}", (norm, *grads.values(), *params.values(), *after.mean.values(), *after.square.values())
+
 
 def with_library(dtype):
     """What CuPy's sorting and products have a part in: embedding, a step of a small model's training, and of generation."""
@@ -99,12 +106,13 @@ def with_library(dtype):
     loss, saved = softmax_cross_entropy_fwd(logits, tokens[:, 1:])
     grads = backprop(softmax_cross_entropy_bwd(1.0, saved).logits)
     yield f"model {dtype}", (loss, grads["embedding"]["weight"])
-    for batch in (3, 9):  # norms within products, and by themselves
-        decoder = Decoder(model, params, batch, graph=False)
+    decode_step.LEAST_MULTIPLIED = 33, 0
+    for batch in (3, 9, 33):  # norms within maps; by themselves; maps that are products by the library
+        decoder, given = Decoder(model, params, batch, graph=False), tokens[cp.arange(batch) % 9]
         state = model.init_state(params, batch)
-        model.advance(params, tokens[:batch, :5], state)
-        logits = model.advance(params, tokens[:batch, 5:6], state)
-        yield f"steps {dtype}, batch {batch}", (logits, decoder.step(tokens[:batch, 5]))
+        model.advance(params, given[:, :5], state)
+        logits = model.advance(params, given[:, 5:6], state)
+        yield f"steps {dtype}, batch {batch}", (logits, decoder.step(given[:, 5]))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@
 //   channels contiguous   a thread owns VECTOR channels and walks `steps` steps, a window of WIDTH steps sliding along. Loads
 //                         run a round ahead.
 //   time contiguous       LANES neighbouring lanes own `steps` steps of a channel and take VECTOR of them each in turn. What
-//                         lies before them is read again: neighbours have just read it, so it comes from the L1 cache.
+//                         lies before them is read again: neighbours have just read it, so it comes from the L1 cache. Loads run
+//                         a round ahead here, too.
 // Time is cut into `splits` parts where channels alone would leave the GPU idle.
 //
 // VECTOR divides the contiguous axis, the strides and the addresses of x and y.
@@ -18,6 +19,12 @@
 
 constexpr int THREADS = 128;
 constexpr int BEFORE = WIDTH - 1;
+// Blocks that a multiprocessor is to hold: as many as registers allow where the common filters do not spill.
+#if __CUDA_ARCH__ >= 900
+constexpr int BLOCKS = TIME_CONTIGUOUS || WIDTH > 4 || sizeof(real) > 4 ? 1 : 4;
+#else
+constexpr int BLOCKS = 1;
+#endif
 
 struct Params {
     const element* x;
@@ -33,9 +40,16 @@ typedef Pack<element, VECTOR> Elements;
 
 #if TIME_CONTIGUOUS
 
-constexpr int HALO = (BEFORE + VECTOR - 1) / VECTOR;                   // packs that hold what lies before one
-constexpr int ROUND = 2;                                               // packs that a thread computes at a time
-DEVICE constexpr int place(int j) { return REVERSE ? VECTOR - 1 - j : j; }                    // in memory, of walked element j
+constexpr int CHUNK = LANES * VECTOR;
+constexpr int BACK = BEFORE < VECTOR ? power_of_two(BEFORE) : VECTOR;  // elements in a pack of those that lie before
+constexpr int HALO = (BEFORE + BACK - 1) / BACK;                       // such packs
+constexpr int ROUND = 2;                                               // chunks whose loads are under way at a time
+DEVICE constexpr int place(int j, int count) { return REVERSE ? count - 1 - j : j; }          // in memory, of walked element j
+
+struct Loaded {
+    Pack<element, BACK> before[HALO > 0 ? HALO : 1];
+    Elements x;
+};
 
 extern "C" __global__ void __launch_bounds__(THREADS) causal_conv1d(const Params p) {
     const long long group = ((p.first_block + blockIdx.x) * THREADS + threadIdx.x) / LANES;
@@ -46,47 +60,62 @@ extern "C" __global__ void __launch_bounds__(THREADS) causal_conv1d(const Params
     const element* x = p.x + b * p.x_batch + c * p.x_row;
     element* y = p.y + b * p.y_batch + c * p.y_row;
     const element* initial = p.initial_state ? p.initial_state + b * p.init_batch + c * p.init_dim : nullptr;
-    auto in_memory = [&](long long s) { return REVERSE ? p.length - VECTOR - s : s; };        // of the pack walked from s on
 
     real w[WIDTH], bias = p.bias ? to_real(p.bias[c * p.bias_dim]) : real(0);
 #pragma unroll
     for (int k = 0; k < WIDTH; ++k) w[k] = to_real(p.weight[c * p.weight_dim + k * p.weight_tap]);
 
-    for (long long s_round = begin + lane * VECTOR; s_round < end; s_round += ROUND * LANES * VECTOR) {
-        Elements packs[ROUND][HALO + 1];
+    const long long first = begin + lane * VECTOR;                     // step of this lane's first pack
+    constexpr int STEP = REVERSE ? -CHUNK : CHUNK;                     // in memory, from a pack to the lane's next
+    const element* x_next = x + (REVERSE ? p.length - VECTOR - first : first);
+    element* y_next = y + (REVERSE ? p.length - VECTOR - first : first);
+    auto load = [&](long long s) {                                     // packs in turn
+        Loaded loaded = {};
+        if (s < end) {
 #pragma unroll
-        for (int r = 0; r < ROUND; ++r) {
-            const long long s0 = s_round + r * LANES * VECTOR;
+            for (int q = 0; q < HALO; ++q) {
+                const int back = (HALO - q) * BACK, there = REVERSE ? VECTOR - BACK + back : -back;
+                if (s >= back) loaded.before[q] = load_pack<element, BACK>(x_next + there, BACK);
+            }
+            loaded.x = load_pack<element, VECTOR>(x_next, VECTOR);
+        }
+        x_next += STEP;
+        return loaded;
+    };
+    auto work = [&](long long s0, const Loaded& now) {
+        real e[HALO * BACK + VECTOR];                                  // from HALO·BACK steps before s0 on
 #pragma unroll
-            for (int q = 0; q <= HALO; ++q) {
-                const long long s = s0 + (q - HALO) * VECTOR;
-                packs[r][q] = {};
-                if (s0 < end && s >= 0) packs[r][q] = load_pack<element, VECTOR>(x + in_memory(s), VECTOR);
+        for (int i = 0; i < HALO * BACK; ++i) e[i] = to_real(now.before[i / BACK].get(place(i % BACK, BACK)));
+#pragma unroll
+        for (int v = 0; v < VECTOR; ++v) e[HALO * BACK + v] = to_real(now.x.get(place(v, VECTOR)));
+        if (initial && s0 < BEFORE) {
+#pragma unroll
+            for (int i = 0; i < HALO * BACK; ++i) {
+                const long long s = s0 - HALO * BACK + i;
+                if (s < 0 && s >= -BEFORE) e[i] = to_real(initial[(BEFORE + s) * p.init_tap]);
             }
         }
+        Elements out = {};
+#pragma unroll
+        for (int v = 0; v < VECTOR; ++v) {
+            real sum = bias;
+#pragma unroll
+            for (int k = 0; k < WIDTH; ++k) sum += w[k] * e[HALO * BACK - BEFORE + v + k];
+            out.set(place(v, VECTOR), rounded(activated(sum)));
+        }
+        store_pack<element, VECTOR>(y_next, out, VECTOR);
+    };
+    Loaded ahead[ROUND];
+#pragma unroll
+    for (int r = 0; r < ROUND; ++r) ahead[r] = load(first + r * CHUNK);
+    for (long long s_round = first; s_round < end; s_round += ROUND * CHUNK) {
 #pragma unroll
         for (int r = 0; r < ROUND; ++r) {
-            const long long s0 = s_round + r * LANES * VECTOR;
-            if (s0 >= end) break;
-            real e[(HALO + 1) * VECTOR];
-#pragma unroll
-            for (int i = 0; i < (HALO + 1) * VECTOR; ++i) e[i] = to_real(packs[r][i / VECTOR].get(place(i % VECTOR)));
-            if (initial && s0 < HALO * VECTOR) {
-#pragma unroll
-                for (int i = 0; i < HALO * VECTOR; ++i) {
-                    const long long s = s0 - HALO * VECTOR + i;
-                    if (s < 0 && s >= -BEFORE) e[i] = to_real(initial[(BEFORE + s) * p.init_tap]);
-                }
-            }
-            Elements out = {};
-#pragma unroll
-            for (int v = 0; v < VECTOR; ++v) {
-                real sum = bias;
-#pragma unroll
-                for (int k = 0; k < WIDTH; ++k) sum += w[k] * e[HALO * VECTOR - BEFORE + v + k];
-                out.set(place(v), rounded(activated(sum)));
-            }
-            store_pack<element, VECTOR>(y + in_memory(s0), out, VECTOR);
+            const long long s0 = s_round + r * CHUNK;
+            const Loaded now = ahead[r];
+            ahead[r] = load(s0 + ROUND * CHUNK);                       // takes its place
+            if (s0 < end) work(s0, now);
+            y_next += STEP;
         }
     }
     if (p.final_state && end == p.length) {
@@ -102,9 +131,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) causal_conv1d(const Params
 
 #else
 
-constexpr int ROUND = VECTOR * sizeof(element) < 16 ? 8 : 4;           // steps whose loads are under way at a time
+constexpr int ROUND = VECTOR * sizeof(element) < 16 && sizeof(real) == 4 ? 8 : 4;             // steps whose loads are under way
 
-extern "C" __global__ void __launch_bounds__(THREADS) causal_conv1d(const Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) causal_conv1d(const Params p) {
     const long long thread = (p.first_block + blockIdx.x) * THREADS + threadIdx.x, packs = p.dim / VECTOR;
     const long long c = thread % packs * VECTOR, split = thread / packs % p.splits, b = thread / packs / p.splits;
     if (b >= p.batch) return;
@@ -137,34 +166,42 @@ extern "C" __global__ void __launch_bounds__(THREADS) causal_conv1d(const Params
         }
     }
 
+    const int own = (int)(end - begin), rounds_end = own / ROUND * ROUND;                     // steps count from `begin`
+    const element* x_next = x + begin * x_step;
+    element* y_next = y + begin * y_step;
     Elements ahead[ROUND];
-    auto load = [&](long long s) {
-#pragma unroll
-        for (int j = 0; j < ROUND; ++j) if (s + j < end) ahead[j] = load_pack<element, VECTOR>(x + (s + j) * x_step, VECTOR);
+    auto load = [&](int j, int t) {
+        if (t >= rounds_end) return;
+        ahead[j] = load_pack<element, VECTOR>(x_next, VECTOR);
+        x_next += x_step;
     };
-    load(begin);
-    for (long long s_round = begin; s_round < end; s_round += ROUND) {
-        Elements now[ROUND];
+    auto step = [&](const Elements& now) {
+        Elements out = {};
 #pragma unroll
-        for (int j = 0; j < ROUND; ++j) now[j] = ahead[j];
-        load(s_round + ROUND);
+        for (int v = 0; v < VECTOR; ++v) {
+#pragma unroll
+            for (int k = 0; k < BEFORE; ++k) e[k][v] = e[k + 1][v];
+            e[BEFORE][v] = to_real(now.get(v));
+            real sum = bias[v];
+#pragma unroll
+            for (int k = 0; k < WIDTH; ++k) sum += w[k][v] * e[k][v];
+            out.set(v, rounded(activated(sum)));
+        }
+        store_pack<element, VECTOR>(y_next, out, VECTOR);
+        y_next += y_step;
+    };
+#pragma unroll
+    for (int j = 0; j < ROUND; ++j) load(j, j);
+    for (int first = 0; first < rounds_end; first += ROUND) {
 #pragma unroll
         for (int j = 0; j < ROUND; ++j) {
-            if (s_round + j >= end) break;
-            Elements out = {};
-#pragma unroll
-            for (int v = 0; v < VECTOR; ++v) {
-#pragma unroll
-                for (int k = 0; k < BEFORE; ++k) e[k][v] = e[k + 1][v];
-                e[BEFORE][v] = to_real(now[j].get(v));
-                real sum = bias[v];
-#pragma unroll
-                for (int k = 0; k < WIDTH; ++k) sum += w[k][v] * e[k][v];
-                out.set(v, rounded(activated(sum)));
-            }
-            store_pack<element, VECTOR>(y + (s_round + j) * y_step, out, VECTOR);
+            const Elements now = ahead[j];
+            load(j, first + j + ROUND);                                // takes its place
+            step(now);
         }
     }
+#pragma unroll 1
+    for (int t = rounds_end; t < own; ++t, x_next += x_step) step(load_pack<element, VECTOR>(x_next, VECTOR));
     if (p.final_state && end == p.length) {
 #pragma unroll
         for (int k = 0; k < BEFORE; ++k) {

@@ -28,6 +28,8 @@ DEVICE element rounded(real x) {
     return y;
 }
 
+DEVICE constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
+
 // Where a tensor's step 0 of the walk lies relative to its step 0 in memory, and how far one step of the walk goes.
 DEVICE long long walk_origin(long long length, long long stride) { return REVERSE ? (length - 1) * stride : 0; }
 DEVICE long long walk_stride(long long stride) { return REVERSE ? -stride : stride; }

@@ -5,7 +5,7 @@
 // Idea: the states are read and written once, 16 bytes at a time; everything is asked for before anything is used. LANES lanes
 // share a channel: each has VECTOR neighbouring states in turn, and every LANES-th pack of W's row; both sums are added up among
 // them in a fixed order. A lane has the same channel of ENTRIES sequences, which share A and W. The arithmetic is that of
-// selective_state_update.cu, and step sizes are rounded as there.
+// selective_state_update.cu, and step sizes are rounded as there. RANK 0: `low` holds W·low, a number for each channel.
 //
 // Blocks beyond `blocks` fetch ahead what a later kernel reads.
 //
@@ -19,10 +19,10 @@ struct Params {
     const float *A, *D, *dt_bias;                                      // (dim, DSTATE), (dim,), (dim,)
     const element* dt_weight;                                          // (dim, RANK)
     const element *low, *B, *C;                                        // (batch, RANK), (batch, DSTATE), (batch, DSTATE)
-    const element *u, *z;                                              // (batch, dim)
+    const element *u, *z;                                              // (batch, dim); rows of z may lie apart
     element* y;
     const void* ahead;
-    long long batch, dim, low_row, B_row, C_row, blocks, ahead_blocks, ahead_bytes, first_block;
+    long long batch, dim, low_row, B_row, C_row, z_row, blocks, ahead_blocks, ahead_bytes, first_block;
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS) selective_step(const Params p) {
@@ -54,11 +54,19 @@ extern "C" __global__ void __launch_bounds__(THREADS) selective_step(const Param
     wait_for_previous();
 
     float u[ENTRIES] = {}, gate[ENTRIES] = {}, step[ENTRIES] = {}, sum[ENTRIES] = {};
+    Pack<element, VECTOR> B[ENTRIES][ITEMS], C[ENTRIES][ITEMS];
 #pragma unroll
     for (int e = 0; e < ENTRIES; ++e) {
+#pragma unroll
+        for (int i = 0; i < ITEMS; ++i) {
+            const int n = (i * LANES + lane) * VECTOR;
+            B[e][i] = load_pack<element, VECTOR>(p.B + (first_b + e) * p.B_row + n, exists(e) ? states(i) : 0);
+            C[e][i] = load_pack<element, VECTOR>(p.C + (first_b + e) * p.C_row + n, exists(e) ? states(i) : 0);
+        }
         if (!exists(e)) continue;
         u[e] = to_real(p.u[(first_b + e) * p.dim + c]);
-        gate[e] = to_real(p.z[(first_b + e) * p.dim + c]);
+        gate[e] = to_real(p.z[(first_b + e) * p.z_row + c]);
+        if (RANK == 0 && lane == 0) step[e] = to_real(p.low[(first_b + e) * p.low_row + c]);
     }
     for (int i = lane; i < PACKS; i += LANES) {
         Pack<element, RANK_VECTOR> w = {};
@@ -80,13 +88,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) selective_step(const Param
 #pragma unroll
             for (int i = 0; i < ITEMS; ++i) {
                 const int n = (i * LANES + lane) * VECTOR;
-                const auto B = load_pack<element, VECTOR>(p.B + (first_b + e) * p.B_row + n, states(i));
-                const auto C = load_pack<element, VECTOR>(p.C + (first_b + e) * p.C_row + n, states(i));
 #pragma unroll
                 for (int j = 0; j < VECTOR; ++j) {
-                    const float input = step[e] * u[e] * to_real(B.get(j));
+                    const float input = step[e] * u[e] * to_real(B[e][i].get(j));
                     const float next = decay(step[e], rate_of(A[i].get(j))) * h[e][i].get(j) + input;
-                    sum[e] = next * to_real(C.get(j)) + sum[e];
+                    sum[e] = next * to_real(C[e][i].get(j)) + sum[e];
                     h[e][i].set(j, next);
                 }
                 store_pack<float, VECTOR>(p.state + ((first_b + e) * p.dim + c) * DSTATE + n, h[e][i], states(i));

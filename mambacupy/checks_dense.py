@@ -117,13 +117,13 @@ def linear(operation, x, weight, bias):
     return xp
 
 
-def linear_bwd(operation, saved, dy):
+def linear_bwd(operation, saved, dy, dtype, onto):
     """Check the gradient that enters a linear map's backward pass.
 
     Returns
     -------
-    module
-        The array library.
+    (module, dtype)
+        The array library; the dtype of the gradients of weight and bias.
 
     Raises
     ------
@@ -133,9 +133,24 @@ def linear_bwd(operation, saved, dy):
     _check_saved(operation, saved, "linear_fwd", "second", "x", "weight", "bias")
     _all_there(operation, dy=dy)
     x, weight = saved.x, saved.weight
-    xp = arrays.namespace(operation, **{"saved.x": x, "saved.weight": weight}, dy=dy)
-    _check_gradient(operation, "dy", dy, "y", (*x.shape[:-1], weight.shape[0]), x.dtype)
-    return xp
+    parts = {f"dy[{i}]": part for i, part in enumerate(dy)} if isinstance(dy, tuple) else {"dy": dy}
+    xp = arrays.namespace(operation, **{"saved.x": x, "saved.weight": weight}, **parts, onto=onto)
+    if onto is not None:
+        _check_like(operation, "onto", onto, "x", x.shape)
+        if onto.dtype != x.dtype:
+            raise _wrong_dtype(operation, "onto", onto, (x.dtype,), ", the dtype of x")
+    outs = weight.shape[:1] if "dy" in parts else [part.shape[-1] if part.ndim else 0 for part in parts.values()]
+    for (name, part), out in zip(parts.items(), outs, strict=True):
+        _check_gradient(operation, name, part, "y", (*x.shape[:-1], out), x.dtype)
+    if sum(outs) != weight.shape[0]:
+        raise ValueError(f"{operation}: the parts of dy have {' + '.join(map(str, outs))} columns, wanted {weight.shape[0]}")
+    if dtype is None:
+        return xp, x.dtype
+    allowed = dict.fromkeys(map(dtype_name, (x.dtype, arrays.compute_dtype(x.dtype))))
+    if dtype_name(dtype) not in allowed:
+        names = " or ".join(allowed)
+        raise TypeError(f"{operation}: dtype is {dtype_name(dtype)}, wanted {names} because x is {dtype_name(x.dtype)}")
+    return xp, np.dtype(dtype)
 
 
 def embedding(operation, tokens, weight):

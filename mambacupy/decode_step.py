@@ -2,6 +2,8 @@
 
 A block of the model is four launches: norm, in_proj and convolution; x_proj; dt_proj, states and gate; out_proj. Where many
 sequences go together the norm is one more. cuda_src/matrix_vector.cu, selective_step.cu and largest.cu say what each does.
+Where still more do, maps are products of matrices, which the library multiplies: norm, in_proj, convolution, x_proj, dt_proj,
+states and gate, and out_proj are a launch each.
 """
 
 import functools
@@ -12,6 +14,7 @@ import numpy as np
 
 from mambacupy import arrays, kernels
 from mambacupy.layers import State
+from mambacupy.ops import conv_kernels, products
 from mambacupy.ops.mapping import power_of_two
 
 THREADS, WARPS = 256, 8
@@ -19,6 +22,10 @@ THREADS, WARPS = 256, 8
 
 MOST_FUSED = 8
 """Sequences up to which each block normalises all of them for itself."""
+
+LEAST_MULTIPLIED = 32, 2**28
+"""Sequences, and bytes of in_proj times sequences, from which on maps are products of matrices by the library. Below, its
+launches, which wait for each other, take longer than what it saves."""
 
 STAGED_BYTES = 40 * 1024
 """Shared memory that their normalised vectors may take."""
@@ -42,6 +49,8 @@ class DecodeStep:
         Whether the device multiplies tiles of 16-bit numbers.
     overlap : bool
         Whether kernels may begin before the one in front has ended.
+    library : bool
+        Whether there is one for products of matrices, of 16-bit numbers.
 
     Attributes
     ----------
@@ -53,10 +62,13 @@ class DecodeStep:
     launches : list of callable
     """
 
-    def __init__(self, xp, model, params, batch, tensor_cores, overlap):
+    def __init__(self, xp, model, params, batch, tensor_cores, overlap, library=False):
         self.xp, self.config, self.batch = xp, model.config, batch
         self.dtype = model._dtype(params["embedding"]["weight"])
         self.tensor, self.overlap = int(tensor_cores and self.dtype.itemsize == 2), int(overlap)
+        self.workspace = None
+        if library and self.dtype.itemsize == 2 and self._is_multiplied(batch):
+            self.workspace = xp.empty((products.WORKSPACE_BYTES,), np.dtype(np.uint8))
         c, mixer, device = self.config, model.block.mixer, kernels.device()
         self.multiprocessors = device.multiprocessors
         self.state = tuple(
@@ -68,6 +80,8 @@ class DecodeStep:
 
         sizes = {"hidden": c.d_model, "normed": c.d_model, "u": c.d_inner, "z": c.d_inner, "y": c.d_inner}
         sizes |= {"selected": mixer.rank + 2 * c.d_state, "dt": mixer.rank, "B": c.d_state, "C": c.d_state}
+        if self.workspace is not None:
+            sizes |= {"xz": 2 * c.d_inner, "delta": c.d_inner}
         self.buffers = {name: self._zeros(size) for name, size in sizes.items()}
         total = arrays.FLOAT32 if c.residual_in_fp32 else self.dtype
         self.totals = [self._zeros(c.d_model, dtype=total) for _ in range(2)]  # in turn: other blocks still read the last
@@ -83,6 +97,10 @@ class DecodeStep:
         numbers = {"size": c.vocab_size, "x_row": c.padded_vocab_size}
         vector = _widest(16 // self.dtype.itemsize, self.logits, c.padded_vocab_size)
         self._add("largest.cu", "largest", {"VECTOR": vector}, batch, numbers, {"x": self.logits, "places": self.tokens})
+
+    def _is_multiplied(self, batch):
+        sequences, size = LEAST_MULTIPLIED
+        return batch >= sequences and batch * 2 * self.config.d_inner * self.config.d_model * self.dtype.itemsize >= size
 
     def run(self):
         """Launch all, on the current stream."""
@@ -140,6 +158,8 @@ class DecodeStep:
             for name, _, size in self._inner_norms():
                 self._norm(given[name], row, b[name], size, weights[name], c.bc_dt_norm_eps)
                 given[name], rows[name] = b[name], size
+        if self.workspace is not None:
+            self._multiply(b["dt"] if c.bc_dt_norm else b["selected"][:, : c.rank], weights["dt_proj"], b["delta"])
         self._states(weights, state, given, rows, after)
         self._map("out_proj", weights["out_proj"], weights["out_proj.bias"])
 
@@ -155,6 +175,11 @@ class DecodeStep:
         if norm is not None and not fused:
             self._norm(stream.pop("x"), columns, b["normed"], columns, norm, c.norm_eps, stream)
             x, stream, norm = b["normed"], {}, None
+        if self.workspace is not None and bias is None:
+            self._multiply(x, weight, b["xz"] if conv else y)
+            if conv:
+                self._convolve(b["xz"][:, : c.d_inner], conv, state)
+            return
         given = {"weight": weight, "bias": bias, "x": x, "y": y, "z": z, "ahead": ahead} | stream
         constants, numbers = self._norm_parts(given["x"], columns, columns, norm, stream, c.norm_eps)
         if fused:
@@ -178,6 +203,16 @@ class DecodeStep:
         blocks = -(-row_tiles // tiles) * batch_tiles
         numbers |= {"rows": rows, "dim": c.d_inner, "y_row": rows}
         self._add("matrix_vector.cu", "matrix_vector", constants, blocks, numbers, given, ahead)
+
+    def _multiply(self, x, weight, y):
+        """y = x·weightᵀ, by the library."""
+        self.launches.append(functools.partial(products.product, self.xp, x, weight.T, y, workspace=self.workspace))
+
+    def _convolve(self, x, weights, state):
+        """One step of the convolution, where in_proj was a product: from its x to u."""
+        tensors = {"state": state.conv, "x": x, "weight": weights["conv_weight"], "bias": weights["conv_bias"]}
+        launch = conv_kernels.plan_update(*tensors.values(), True, self.config.d_conv)
+        self.launches.append(functools.partial(launch, tensors | {"y": self.buffers["u"]}))
 
     def _stream(self, table, turn):
         """What the norm number `turn` of the stream adds up, and where the sum goes."""
@@ -227,19 +262,25 @@ class DecodeStep:
         vector = min(vector, *(_widest(vector, given[name], rows[name]) for name in "BC"))
         lanes = min(32, power_of_two(-(-c.d_state // vector)))
         entries = 4 if self.batch >= 32 else 1
+        multiplied = self.workspace is not None
+        widest = _widest(16 // self.dtype.itemsize, weights["dt_proj"], c.rank, given["dt"], rows["dt"])
         constants = {
-            "RANK": c.rank,
-            "RANK_VECTOR": _widest(16 // self.dtype.itemsize, weights["dt_proj"], c.rank, given["dt"], rows["dt"]),
+            "RANK": 0 if multiplied else c.rank,
+            "RANK_VECTOR": 1 if multiplied else widest,
             "DSTATE": c.d_state,
             "VECTOR": vector,
             "LANES": lanes,
             "ENTRIES": entries,
         }
-        numbers = {"dim": c.d_inner, "low_row": rows["dt"], "B_row": rows["B"], "C_row": rows["C"]}
+        numbers = {"dim": c.d_inner, "low_row": rows["dt"], "B_row": rows["B"], "C_row": rows["C"], "z_row": c.d_inner}
         blocks = -(-(-(-self.batch // entries) * c.d_inner * lanes) // THREADS)
         tensors = {"state": state.ssm, "A": weights["A"], "D": weights["D"], "dt_bias": weights["dt_bias"]}
         tensors |= {"dt_weight": weights["dt_proj"], "low": given["dt"], "B": given["B"], "C": given["C"]}
         tensors |= {"u": b["u"], "z": b["z"], "y": b["y"], "ahead": after}
+        if multiplied:
+            tensors, numbers["low_row"] = tensors | {"low": b["delta"], "dt_weight": None}, c.d_inner
+            if weights["in_proj.bias"] is None:
+                tensors["z"], numbers["z_row"] = b["xz"].reshape(-1)[c.d_inner :], 2 * c.d_inner
         self._add("selective_step.cu", "selective_step", constants, blocks, numbers, tensors, after)
 
     # ------------------------------------------------------------------------------------------------ a launch

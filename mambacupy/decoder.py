@@ -4,6 +4,7 @@ import functools
 
 from mambacupy import arrays
 from mambacupy.decode_step import DecodeStep
+from mambacupy.ops import products
 from mambacupy.overlapping import OverlapError
 
 __all__ = ["Decoder"]
@@ -67,7 +68,8 @@ class Decoder:
         with self.device:
             model.advance(params, xp.zeros((1, 1), "int64"))  # complains of whatever in params is not the model's
             capability = int(self.device.compute_capability)
-            make = functools.partial(DecodeStep, xp, model, params, batch, tensor_cores=capability >= 80)
+            options = {"tensor_cores": capability >= 80, "library": products.available(xp)}
+            make = functools.partial(DecodeStep, xp, model, params, batch, **options)
             self._stream = xp.cuda.Stream(non_blocking=True)
             self._graph, self._step = None, make(overlap=bool(overlap and graph and capability >= 90))
             try:

@@ -133,6 +133,14 @@ def _cast(x, dtype):
     return x if x is None or x.dtype == dtype else x.astype(dtype)
 
 
+def _cast_together(weights, dtype):
+    """Weights as an operation on arrays of `dtype` takes them: in that dtype or the one of its arithmetic, all in one."""
+    of_arithmetic = arrays.compute_dtype(dtype)
+    kinds = {p.dtype for p in weights.values() if p is not None}
+    kind = kinds.pop() if len(kinds) == 1 else of_arithmetic
+    return {name: _cast(p, kind if kind == dtype else of_arithmetic) for name, p in weights.items()}
+
+
 def _like(grads, params):
     """Gradients in the dtypes of their parameters."""
     return map_params(lambda p, g: _cast(g, p.dtype), params, grads)
@@ -148,9 +156,12 @@ def _linear(params, x):
     return linear_fwd(x, _cast(params["weight"], x.dtype), _cast(params.get("bias"), x.dtype))[0]
 
 
-def _linear_backward(params, x, dy):
-    """dx, and gradients of weight and bias as `params` holds them."""
-    grads = linear_bwd(_cast(dy, x.dtype), _linear_saved(params, x))
+def _linear_backward(params, x, dy, onto=None):
+    """dx, and gradients of weight and bias as `params` holds them. dy may be a tuple of its parts along the last axis; dx is
+    added to `onto`, which may be written to."""
+    dy = tuple(_cast(part, x.dtype) for part in dy) if isinstance(dy, tuple) else _cast(dy, x.dtype)
+    widest = x.dtype if params["weight"].dtype.itemsize <= x.dtype.itemsize else arrays.compute_dtype(x.dtype)
+    grads = linear_bwd(dy, _linear_saved(params, x), dtype=widest, onto=onto)
     return grads.x, {name: _cast(getattr(grads, name), p.dtype) for name, p in params.items()}
 
 
@@ -263,7 +274,7 @@ class _Norm:
         _check_params(name, params, self.shapes)
         _check_input(name, hidden, self.dim)
         forward, backward = self._pair
-        weights = {key: _cast(p, arrays.compute_dtype(hidden.dtype)) for key, p in params.items()}
+        weights = _cast_together(params, hidden.dtype)
         y, total, saved = forward(hidden, **weights, residual=residual, eps=self.eps, residual_dtype=residual_dtype)
 
         is_pair, y_dtype, total_dtype = residual is not None, y.dtype, total.dtype  # the closure holds no array but saved's
@@ -522,10 +533,10 @@ class MambaMixer:
             dselected = [n.x for n in normed]
             grads |= {key: {"weight": n.weight} for key, n in zip(_NORMS, normed, strict=True) if key in params}
         dselected = _join(dselected)  # (batch, length, dt_rank + 2 d_state)
-        dc, grads["x_proj"] = _linear_backward(params["x_proj"], _turn(c), dselected)
-        conv = causal_conv1d_bwd(g.u + _turn(dc), conv_saved)
+        dc, grads["x_proj"] = _linear_backward(params["x_proj"], _turn(c), dselected, onto=_turn(g.u))
+        conv = causal_conv1d_bwd(_turn(dc), conv_saved)
         grads["conv1d"] = {name: getattr(conv, name) for name in params["conv1d"]}
-        dx, grads["in_proj"] = _linear_backward(params["in_proj"], x, _join([_turn(conv.x), _turn(g.z)]))
+        dx, grads["in_proj"] = _linear_backward(params["in_proj"], x, (_turn(conv.x), _turn(g.z)))
         grads |= {"A_log": g.A * scan["A"], "D": g.D}  # A = -exp(A_log): dA/dA_log = A
         return _blank(dx, padding), _like({key: grads[key] for key in params}, params)
 
@@ -536,7 +547,7 @@ class MambaMixer:
 
     def _kernel(self, params, dtype):
         """Weight and bias of the convolution, for an input of that dtype."""
-        return [_cast(params["conv1d"].get(name), arrays.compute_dtype(dtype)) for name in ("weight", "bias")]
+        return _cast_together({name: params["conv1d"].get(name) for name in ("weight", "bias")}, dtype).values()
 
     def _convolve(self, params, u, before):
         initial = None if before is None else before.conv

@@ -15,6 +15,7 @@ import numpy as np
 
 from mambacupy import arrays
 from mambacupy.layers import map_params
+from mambacupy.ops import training
 
 STRUCTURE = "structure.json"
 """Member of a saved file that says how its arrays were nested."""
@@ -63,15 +64,13 @@ class AdamW:
         """
         step, (beta1, beta2) = state.step + 1, self.betas
         rate = self.rate(step) if callable(self.rate) else self.rate
-        mean = map_params(lambda m, g: beta1 * m + (1 - beta1) * g.astype(m.dtype), state.mean, grads)
-        square = map_params(lambda v, g: beta2 * v + (1 - beta2) * g.astype(v.dtype) ** 2, state.square, grads)
-
-        def moved(p, m, v, decays):
-            wide = p.astype(m.dtype)
-            change = m / (1 - beta1**step) / (_namespace(v).sqrt(v / (1 - beta2**step)) + self.eps)
-            return (wide - rate * (change + self.decay * wide if decays else change)).astype(p.dtype)
-
-        return map_params(moved, params, mean, square, which_decay(params)), AdamWState(step, mean, square)
+        lists = [_leaves(params, nest) for nest in (params, grads, state.mean, state.square)]
+        if not lists[0]:
+            return params, AdamWState(step, state.mean, state.square)
+        decays = _leaves(params, which_decay(params))
+        numbers = (beta1, 1 - beta1, beta2, 1 - beta2, 1 - beta1**step, 1 - beta2**step, self.eps, rate, self.decay)
+        moved, mean, square = (_nest(params, found) for found in training.adamw(*lists, decays, numbers))
+        return moved, AdamWState(step, mean, square)
 
 
 def which_decay(params, name=""):
@@ -91,11 +90,39 @@ def clip_by_norm(grads, most):
     grads, norm
         The norm before, a float32 (float64) array without axes, so that nothing waits for a GPU.
     """
-    squares = []
-    map_params(lambda g: squares.append((g.astype(arrays.compute_dtype(g.dtype)) ** 2).sum()), grads)
-    norm = sum(squares) ** 0.5
-    scale = _namespace(norm).minimum(1, most / (norm + 1e-6))
-    return map_params(lambda g: (g * scale).astype(g.dtype), grads), norm
+    found = _leaves(grads, grads)
+    if not found:
+        return grads, np.float32(0)
+    found, norm = training.clip(found, most)
+    return _nest(grads, found), norm
+
+
+def _leaves(like, nest, found=None):
+    """The arrays of a nest in the order in which `like`, a nest built as it is, has them. A third of `map_params`'s time."""
+    found = [] if found is None else found
+    if isinstance(like, dict):
+        for key, value in like.items():
+            _leaves(value, nest[key], found)
+    elif isinstance(like, (list, tuple)):
+        for value, part in zip(like, nest, strict=True):
+            _leaves(value, part, found)
+    elif like is not None:
+        found.append(nest)
+    return found
+
+
+def _nest(like, found):
+    """Arrays in the order of the nest `like`, nested as it is."""
+    return _rebuilt(like, iter(found))
+
+
+def _rebuilt(like, found):
+    if isinstance(like, dict):
+        return {key: _rebuilt(value, found) for key, value in like.items()}
+    if isinstance(like, (list, tuple)):
+        parts = [_rebuilt(value, found) for value in like]
+        return type(like)(*parts) if hasattr(like, "_fields") else type(like)(parts)
+    return None if like is None else next(found)
 
 
 def warmup_cosine(peak, warmup, total, floor=0.0):

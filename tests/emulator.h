@@ -91,6 +91,15 @@ template <typename T> T __shfl_down_sync(unsigned, T x, int step) {
     return there;
 }
 
+template <typename T> T __shfl_sync(unsigned, T x, int from, int width = 32) {
+    const int here = current;
+    exchanged[here] = x;
+    __syncwarp();
+    T there = (T)exchanged[here / width * width + from % width];
+    __syncwarp();
+    return there;
+}
+
 template <typename To, typename From> To same_bits(From x) {
     To y;
     memcpy(&y, &x, sizeof y);

@@ -249,8 +249,9 @@ def test_launches_get_what_the_struct_names(recorder, row):
 
 
 def test_aligned_memory_is_moved_16_bytes_at_a_time(recorder):
+    """Or 8 of 16-bit channels, four filters being as many as a thread's registers hold."""
     for order in ("length", "channel"):
-        for dtype, vector in (("bfloat16", 8), ("float32", 4), ("float64", 2)):
+        for dtype, vector in (("bfloat16", 8 if order == "length" else 4), ("float32", 4), ("float64", 2)):
             recorder.compiled.clear()
             arguments, options, dy, dfinal = make(order=order, dtype=dtype, length=72)
             run_all(arguments, options, dy, dfinal)
@@ -265,6 +266,8 @@ def test_aligned_memory_is_moved_16_bytes_at_a_time(recorder):
 COMPILED = {
     "base": {"dtype": "bfloat16", "weight_dtype": "float32", "length": 72},
     "channels": {"dtype": "bfloat16", "weight_dtype": "float32", "order": "channel"},
+    "channels-reverse": {"dtype": "bfloat16", "weight_dtype": "float32", "order": "channel", "reverse": True},
+    "channels-bfloat16": {"dtype": "bfloat16", "weight_dtype": "bfloat16", "order": "channel"},
     "channels-float32-dy": {"dtype": "bfloat16", "weight_dtype": "float32", "dy_dtype": "float32", "order": "channel"},
     "channels-float32": {"order": "channel"},
     "channels-width-2": {"dtype": "bfloat16", "order": "channel", "width": 2},
@@ -279,7 +282,7 @@ COMPILED = {
 
 
 @pytest.mark.parametrize("row", COMPILED)
-@pytest.mark.parametrize("architecture", ["75", "90", "120"])
+@pytest.mark.parametrize("architecture", ["75", "80", "90", "100", "120"])
 def test_compiles_without_spills(recorder, row, architecture):
     pytest.importorskip("cupy", reason="the compile tests need CuPy and NVRTC (the extra `test`)")
     run_all(*make(**COMPILED[row]))

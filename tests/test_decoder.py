@@ -5,16 +5,18 @@ import shutil
 from types import SimpleNamespace
 
 import emulator
+import library as stand_in
 import numpy as np
 import pytest
 import small_models
 
-from mambacupy import kernels
+from mambacupy import decode_step, kernels
 from mambacupy.decode_step import DecodeStep
 from mambacupy.decoder import Decoder
 from mambacupy.generation import generate
 from mambacupy.layers import map_params
 from mambacupy.models import MambaConfig, MambaLM
+from mambacupy.ops import products
 
 SIZES = {"d_model": 40, "n_layer": 2, "vocab_size": 75, "d_state": 16, "dt_rank": 8}
 ROWS = small_models.VARIANTS | {
@@ -96,6 +98,22 @@ def test_a_step_is_the_models(memory, row):
     assert emulated(memory, *make(dtype, **changes), batch, tensor_cores) <= ERRORS[dtype]
 
 
+@pytest.mark.parametrize("row", ["base", "biases", "bc-dt-norm", "untied"])
+def test_a_step_of_products_is_the_models(memory, monkeypatch, row):
+    model, params = make("float16", **ROWS[row] | {"n_layer": 1, "d_model": 24, "vocab_size": 20, "dt_rank": 5})
+    library = stand_in.install(monkeypatch, memory)
+    monkeypatch.setattr(decode_step, "LEAST_MULTIPLIED", (33, 0))
+    step = DecodeStep(memory, model, params, 33, True, overlap=False, library=True)
+
+    def run(tokens):
+        step.tokens[...] = tokens
+        step.run()
+        return step.logits, step.tokens
+
+    assert follow(model, params, 33, run, step.state) <= ERRORS["float16"]
+    assert library.calls == 2 * (3 if row == "biases" else 5)
+
+
 def test_the_same_bits_again(memory):
     model, params = make("float32", n_layer=1)
     results = []
@@ -125,8 +143,9 @@ def zeros(shapes, dtype):
     return {name: zeros(s, dtype) if isinstance(s, dict) else np.zeros(s, dtype) for name, s in shapes.items()}
 
 
-def recorded(d_model, dtype, batch, tensor_cores=True, overlap=False):
-    """Kernels (file, name, constants) with their blocks, threads and numbers of a step of a model of that size, by launch."""
+def recorded(d_model, dtype, batch, tensor_cores=True, overlap=False, library=False):
+    """Kernels (file, name, constants) with their blocks, threads and numbers of a step of a model of that size, by launch; of
+    products by the library, nothing."""
     found = []
     with pytest.MonkeyPatch.context() as patch:
 
@@ -139,10 +158,11 @@ def recorded(d_model, dtype, batch, tensor_cores=True, overlap=False):
         patch.setattr(kernels, "get", get)
         patch.setattr(kernels, "device", lambda: emulator.H100)
         patch.setattr(kernels, "address", lambda x: 0)
+        patch.setattr(products, "product", lambda *_, **__: None)
         model = MambaLM(MambaConfig(d_model=d_model, n_layer=2, vocab_size=50277), dtype)
         layer = {"norm": zeros(model.norm.shapes, dtype), "mixer": zeros(model.block.mixer.shapes, dtype)}
         params = {"embedding": zeros(model.embedding.shapes, dtype), "layers": [layer] * 2, "norm_f": layer["norm"]}
-        DecodeStep(np, model, params, batch, tensor_cores, overlap).run()
+        DecodeStep(np, model, params, batch, tensor_cores, overlap, library).run()
     return found
 
 
@@ -151,7 +171,8 @@ def distinct():
     found = {}
     every = [(768, "float16", 1), (768, "float16", 64), (2048, "float16", 1), (2048, "float16", 64), (768, "float32", 3)]
     for d_model, dtype, batch in every:
-        for file, name, constants, *_ in recorded(d_model, dtype, batch, overlap=d_model == 768):
+        launches = recorded(d_model, dtype, batch, overlap=d_model == 768) + recorded(d_model, dtype, batch, library=True)
+        for file, name, constants, *_ in launches:
             found.setdefault((file, tuple(constants.items())), f"{name}-{d_model}-{dtype}-{batch}")
     return [pytest.param(file, dict(constants), id=f"{row}-{i}") for i, ((file, constants), row) in enumerate(found.items())]
 
@@ -234,6 +255,14 @@ ON_GPU += [(row, *how) for row in ROWS if row != "base" for how in (("float32", 
 @pytest.mark.parametrize(("row", "dtype", "batch"), ON_GPU)
 def test_gpu_graph_is_the_plain_path(row, dtype, batch):
     assert on_gpu(*make(dtype, **ROWS[row]), batch) <= ERRORS[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_gpu_products_in_the_graph_are_the_plain_path(row, dtype, monkeypatch):
+    monkeypatch.setattr(decode_step, "LEAST_MULTIPLIED", (1, 0))
+    assert on_gpu(*make(dtype, **ROWS[row]), 10) <= ERRORS[dtype]
 
 
 @pytest.mark.gpu

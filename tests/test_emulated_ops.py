@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import scans
 
-from mambacupy import checks_conv, checks_dense
-from mambacupy.ops import conv_kernels, linear, loss, norm, plans, selective_state_update
+from mambacupy import arrays, checks_conv, checks_dense
+from mambacupy.ops import conv_kernels, linear, loss, norm, plans, selective_state_update, training
 from mambacupy.reference import conv, state_update
 from mambacupy.reference import loss as reference_loss
 from mambacupy.reference import norm as reference_norm
+from mambacupy.reference import training as reference_training
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
 
@@ -181,6 +182,49 @@ def test_embedding(memory, normal, dim, dtype, dy_dtype, distinct):
     assert cases.relative_error(dweight, wanted) <= TOLERANCE[dtype]
 
 
+# ---------------------------------------------------------------------------------------------------- many arrays at once
+MANY = {
+    "float32": [("float32", (70, 64)), ("float32", (3,)), ("float32", (0, 4)), ("float32", (5001,)), ("float32", ())],
+    "mixed": [("bfloat16", (33, 7)), ("float32", (9000,)), ("float64", (7,)), ("float16", (4200,)), ("float32", (1,))],
+}
+
+
+@pytest.fixture(params=MANY)
+def many(request, normal):
+    """Lists of arrays of some dtypes and sizes, made by a function of what to do with their dtypes."""
+    shapes = [(cases.DTYPES[dtype], shape) for dtype, shape in MANY[request.param]]
+    return lambda of=np.dtype: [normal(*shape, dtype=of(dtype)) for dtype, shape in shapes]
+
+
+def test_adamw(memory, many):
+    params, grads, means, squares = many(), many(), many(arrays.compute_dtype), many(arrays.compute_dtype)
+    squares = [v * v for v in squares]
+    decays, numbers = [i % 2 == 0 for i in range(len(params))], (0.9, 0.1, 0.95, 0.05, 0.271, 0.142625, 1e-8, 0.01, 0.1)
+    for _ in range(2):  # the second call finds its plan
+        got = training._adamw(memory, params, grads, means, squares, decays, numbers)
+    wanted = reference_training.adamw(*(list(map(wide, x)) for x in (params, grads, means, squares)), decays, numbers)
+    for nest, right in zip(got, wanted, strict=True):
+        for one, two in zip(nest, right, strict=True):
+            assert cases.relative_error(one, two) <= TOLERANCE[one.dtype.name]
+
+
+@pytest.mark.parametrize("most", [0.5, 1e6])
+def test_clipping(memory, many, most):
+    grads = many()
+    got, norm = training._clip(memory, grads, most)
+    wanted, right = reference_training.clip(list(map(wide, grads)), most)
+    assert norm == pytest.approx(right, rel=1e-6)
+    for one, two in zip(got, wanted, strict=True):
+        assert cases.relative_error(one, two) <= TOLERANCE[one.dtype.name]
+
+
+def test_clipping_what_is_not_finite(memory, normal):
+    grads = [normal(40, dtype="f4"), normal(5, dtype="f4")]
+    grads[1][2] = np.nan
+    got, norm = training._clip(memory, grads, 1.0)
+    assert np.isnan(norm) and all(np.isnan(g).all() for g in got)
+
+
 # ---------------------------------------------------------------------------------------------------- sums over blocks
 SUMS = {
     "one part": ("float32", 1, [plans.Sum("float32", 1, 40)]),
@@ -304,6 +348,23 @@ def test_embedding_anywhere_in_memory(memory, normal, moved):
     linear._embedding_backward(memory, dy, linear.EmbeddingSaved(tokens, 50, 24, weight.dtype), dweight)
     assert np.array_equal(y, weight[tokens])
     assert np.array_equal(dweight[tokens], dy)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_many_arrays_anywhere_in_memory(memory, normal, moved, dtype):
+    given = [[moved(normal(3, 40, dtype=cases.DTYPES[dtype])), moved(normal(7, dtype=cases.DTYPES[dtype]))] for _ in range(2)]
+    means = [[moved(normal(*p.shape, dtype="f4")) for p in given[0]] for _ in range(2)]
+    for v in means[1]:
+        v[...] = v * v
+    numbers = (0.9, 0.1, 0.95, 0.05, 0.271, 0.142625, 1e-8, 0.01, 0.1)
+    got = training._adamw(memory, *given, *means, [True, False], numbers)
+    wanted = reference_training.adamw(*(list(map(wide, x)) for x in (*given, *means)), [True, False], numbers)
+    for one, two in zip((*got[0], *got[2]), (*wanted[0], *wanted[2]), strict=True):
+        assert cases.relative_error(wide(one), two) <= TOLERANCE[dtype]
+    clipped, _ = training._clip(memory, given[0], 0.5)
+    wanted, _ = reference_training.clip(list(map(wide, given[0])), 0.5)
+    for one, two in zip(clipped, wanted, strict=True):
+        assert cases.relative_error(wide(one), two) <= 2 * TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("is_complex", [False, True])

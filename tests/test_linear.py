@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mambacupy.gradients import check_gradients
-from mambacupy.ops import linear
+from mambacupy.ops import linear, products
 from mambacupy.ops.linear import embedding_bwd, embedding_fwd, linear_bwd, linear_fwd
 
 BASE = {"shape": (2, 5, 24), "out": 36, "dtype": "float32", "bias": True}
@@ -89,6 +89,33 @@ def test_linear_of_views():
         assert np.allclose(linear_fwd(one, two)[0], linear_fwd(one.copy(), two.copy())[0], rtol=1e-13)
 
 
+@pytest.mark.parametrize("row", ["base", "bfloat16", "one-number-bfloat16", "no-rows"])
+def test_parts_of_dy_and_wide_gradients(row, to=lambda x: x, back=lambda x: x):
+    """As from one dy; what 16-bit products add up comes back unrounded where float32 is asked for."""
+    x, weight, _, dy = make(row)
+    weight, dy = np.concatenate([weight, weight[::-1]]), np.concatenate([dy, 2 * dy[..., :1], dy[..., 1:]], axis=-1)
+    bias, cut = weight[:, :1].sum(1), dy.shape[-1] // 2
+    real = np.dtype("float64" if x.dtype == "float64" else "float32")
+    saved = linear_fwd(to(x), to(weight), to(bias))[1]
+    parts = to(dy[..., :cut].copy()), to(dy[..., cut:].copy())
+    grads = linear_bwd(parts, saved, dtype=real, onto=to(x[..., ::-1].copy()))
+    whole = linear_bwd(dense.wide(dy), linear_fwd(*map(dense.wide, (x, weight, bias)))[1])
+    whole = whole._replace(x=whole.x + x[..., ::-1])
+    for name, dtype in (("x", x.dtype), ("weight", real), ("bias", real)):
+        one, two = back(getattr(grads, name)), getattr(whole, name)
+        assert one.shape == two.shape and one.dtype == dtype
+        scale = 2 if name == "x" else 1  # on a GPU the sum with each part's product is rounded
+        assert not two.size or dense.cases.relative_error(one, two) <= scale * dense.STORED[dtype.name], name
+
+
+def test_a_gradient_is_added_to_one_of_x():
+    saved = linear_fwd(X, W)[1]
+    with pytest.raises(ValueError, match=r"linear_bwd: onto has shape \(1, 4\), wanted \(2, 4\), the shape of x"):
+        linear_bwd(np.zeros((2, 3), X.dtype), saved, onto=X[:1])
+    with pytest.raises(TypeError, match="linear_bwd: onto is float64, wanted float32, the dtype of x"):
+        linear_bwd(np.zeros((2, 3), X.dtype), saved, onto=dense.wide(X))
+
+
 # ---------------------------------------------------------------------------------------------------- embedding
 TOKENS = {
     "base": {},
@@ -162,6 +189,7 @@ ERRORS = {
     "bias-dtype": (linear_fwd, (X, W, np.zeros(3)), TypeError, "bias is float64, wanted float32"),
     "dy-shape": (linear_bwd, (X, linear_fwd(X, W)[1]), ValueError, r"dy has shape \(2, 4\), wanted \(2, 3\), the shape of y"),
     "dy-dtype": (linear_bwd, (np.zeros((2, 3)), linear_fwd(X, W)[1]), TypeError, "dy is float64, wanted float32"),
+    "dy-parts": (linear_bwd, ((X, X), linear_fwd(X, W)[1]), ValueError, r"the parts of dy have 4 \+ 4 columns, wanted 3"),
     "saved": (linear_bwd, (X, None), TypeError, "saved is of type NoneType, wanted the second result of linear_fwd"),
     "tokens-float": (embedding_fwd, (X, W), TypeError, r"tokens is float32, wanted int32 or int64; write tokens.astype"),
     "tokens-list": (embedding_fwd, ([1], W), TypeError, "tokens is of type list"),
@@ -223,7 +251,7 @@ def test_a_product_of_one_element_is_float32():
             return np.asarray(terms.astype(np.float32).sum(keepdims=True)[None]).astype(self.dtype)
 
     a = np.full((1, 1000), 1 + 2**-7, dense.DTYPES["bfloat16"])
-    got = linear._product(a.view(Rounds), a.T.view(Rounds))
+    got = products.product(np, a.view(Rounds), a.T.view(Rounds))
     assert dense.cases.relative_error(np.asarray(got), [[1000 * (1 + 2**-7) ** 2]]) <= 2e-3
 
 
@@ -237,6 +265,27 @@ def cp():
 @pytest.mark.parametrize("row", ROWS)
 def test_gpu_linear(cp, row):
     check_linear(row, cp.asarray, lambda x: x.get())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("row", ["base", "bfloat16", "one-number-bfloat16", "no-rows"])
+def test_gpu_parts_of_dy_and_wide_gradients(cp, row):
+    test_parts_of_dy_and_wide_gradients(row, cp.asarray, lambda x: x.get())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_gpu_products_of_matrices_as_they_lie(cp, dtype):
+    """Turned, with rows apart, of one row or column; into an array, and on top of what is in it."""
+    a, b = (cp.asarray(dense.normal(i, 70, 80, dtype=dtype)) for i in range(2))
+    pairs = [(a, b.T), (a.T, b), (a[:, 8:20], b[:12]), (a[::2, :16], b[3:19]), (a[:, ::2], b[30:]), (a[:1], b.T), (a, b[:1].T)]
+    for one, two in [*pairs, (a[:, :1], b[:1]), (a[:, ::-1], b.T)]:
+        wanted = dense.wide(one.get()) @ dense.wide(two.get())
+        out = cp.ones(wanted.shape, "float32")
+        products.product(cp, one, two, out, accumulate=True)
+        assert dense.cases.relative_error(products.product(cp, one, two).get(), wanted) <= dense.STORED[dtype]
+        assert dense.cases.relative_error(out.get(), wanted + 1) <= (dense.STORED["float32"] if dtype != "float32" else 1e-5)
+    assert dtype == "float32" or products._library(cp) is not None, "the library that CuPy has loaded is not found"
 
 
 @pytest.mark.gpu

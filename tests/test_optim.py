@@ -2,12 +2,16 @@
 
 import math
 
+import cases
+import dense
 import ml_dtypes
 import numpy as np
 import pytest
 
-from mambacupy import optim
+from mambacupy import arrays, optim
+from mambacupy.layers import map_params
 from mambacupy.models import MambaConfig, MambaLM
+from mambacupy.ops import training
 from mambacupy.ops.loss import softmax_cross_entropy_bwd, softmax_cross_entropy_fwd
 
 
@@ -58,6 +62,24 @@ def test_clipping(most):
     assert norm == pytest.approx(np.linalg.norm(values))
     assert np.linalg.norm(after) == pytest.approx(min(most, np.linalg.norm(values)), rel=1e-5)
     assert np.allclose(after / np.linalg.norm(after), values / np.linalg.norm(values))
+
+
+def test_what_does_not_fit_is_named():
+    params, adam = nest(0), optim.AdamW(0.1)
+    grads, state = nest(1), adam.init(params)
+    grads["layers"][0]["D"] = np.zeros(4)
+    with pytest.raises(ValueError, match=r"grads has an array of shape \(4,\), wanted \(3,\) as in params"):
+        adam.update(params, grads, state)
+    grads["layers"][0]["D"] = [0, 0, 0]
+    with pytest.raises((TypeError, ValueError, AttributeError)):
+        adam.update(params, grads, state)
+
+
+def test_nests_without_arrays():
+    adam = optim.AdamW(0.1)
+    params, state = adam.update({}, {}, adam.init({}))
+    assert params == {} and state.step == 1
+    assert optim.clip_by_norm({"a": None}, 1.0) == ({"a": None}, 0)
 
 
 def test_schedule():
@@ -128,3 +150,48 @@ def test_a_file_of_something_else(tmp_path):
     np.savez(tmp_path / "x.npz", a=np.zeros(3))
     with pytest.raises(ValueError, match=r"has no structure.json, wanted a file that mambacupy.optim.save wrote"):
         optim.load(tmp_path / "x.npz")
+
+
+# ---------------------------------------------------------------------------------------------------- kernels
+DTYPES = ["float32", "bfloat16", "float16", "float64"]
+
+
+def launch_all(dtype):
+    p, m = np.ones((3, 40), cases.DTYPES[dtype]), np.ones((3, 40), arrays.compute_dtype(cases.DTYPES[dtype]))
+    training._adamw(np, [p, p], [p, m], [m, m], [m, m], [True, False], (0.5,) * 9)
+    training._clip(np, [p, m], 1.0)
+
+
+@pytest.mark.parametrize(("file", "constants"), dense.instantiations(launch_all, DTYPES))
+def test_compiles_for_every_architecture(file, constants):
+    dense.compiles(file, constants)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_on_a_gpu(dtype):
+    """Steps of training on the GPU are those on the host, and have the same bits when repeated."""
+    cupy = pytest.importorskip("cupy")
+    params = nest(0, cases.DTYPES[dtype])
+    params["large"] = np.random.default_rng(1).standard_normal((129, 301)).astype(cases.DTYPES[dtype])
+    grads = map_params(lambda p: (p.astype(np.float64) * 0.5 + 0.1).astype(p.dtype), params)
+    adam = optim.AdamW(0.01)
+
+    def steps(params, grads):
+        state = adam.init(params)
+        for _ in range(3):
+            clipped, norm = optim.clip_by_norm(grads, 1.0)
+            params, state = adam.update(params, clipped, state)
+        return {"params": params, "mean": state.mean, "square": state.square, "norm": norm}
+
+    on_gpu = [steps(*(map_params(cases.to_gpu, nest) for nest in (params, grads))) for _ in range(2)]
+    wanted = {}
+    optim._flatten(steps(params, grads), "", wanted)
+    got, again = {}, {}
+    optim._flatten(map_params(cupy.asnumpy, on_gpu[0]), "", got)
+    optim._flatten(map_params(cupy.asnumpy, on_gpu[1]), "", again)
+    for place, x in wanted.items():
+        of_dtype = cases.DTYPES[dtype] if x.dtype == np.uint16 else x.dtype
+        assert got[place].tobytes() == again[place].tobytes()
+        error = cases.relative_error(got[place].view(of_dtype), x.view(of_dtype))
+        assert error <= 3 * max(dense.STORED[np.dtype(of_dtype).name], dense.STORED[dtype]), place  # of clipped gradients

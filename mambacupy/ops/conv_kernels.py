@@ -12,12 +12,15 @@ WIDEST = 8
 """The widest filter that is kept in registers. Wider ones run plain loops over memory."""
 
 WARPS = 24
-"""Warps on each multiprocessor that are wanted before a thread is given more steps of time."""
+"""Warps on each multiprocessor that are wanted before a thread is given more steps of time, where those are contiguous."""
 
-STEPS = (16, 32, 64, 128)
-"""Steps that a thread walks where channels are contiguous. Each part reads width - 1 steps of its neighbours again."""
+MOST_STEPS = {"forward": 128, "backward": 256}
+"""Steps that a thread walks where channels are contiguous, at most. Each part reads width - 1 steps of its neighbours again."""
 
-KEPT_BYTES = {"forward": 128, "backward": 64}
+LEAST_STEPS, BLOCKS = 16, 4
+"""The least such steps; blocks on each multiprocessor at a time, for the common filters."""
+
+KEPT_BYTES = 64
 """Size of the filters of a thread's channels where channels are contiguous. As much again goes into each window; more would
 leave registers for too few warps to hide the latency of memory."""
 
@@ -44,21 +47,30 @@ def _weight_vector(args, vector):
     return count
 
 
+def _steps(length, blocks, at_a_time, most):
+    """Steps of a part, of which there are so many that the GPU is filled a whole number of times, or just not; `blocks` of a
+    part, and of those that run at a time."""
+    turns = -(-blocks * -(-length // most) // at_a_time)
+    splits = max(1, turns * at_a_time // blocks)
+    return min(most, max(LEAST_STEPS, -(-length // splits // 8) * 8))
+
+
 def _layout(args, axis, direction, tensors):
     """Constants, numbers and blocks of a launch: which steps and channels a thread has."""
     vector = plans.widest_access(axis, tensors)
-    wanted = 32 * WARPS * kernels.device().multiprocessors  # threads
+    multiprocessors = kernels.device().multiprocessors
     if axis == 2:
         lanes = min(32, power_of_two(-(-args.length // vector)))
+        wanted = 32 * WARPS * multiprocessors  # threads
         splits = max(1, min(wanted // (args.batch * args.dim * lanes), -(-args.length // (4 * lanes * vector))))
         steps = -(-args.length // (splits * lanes * vector)) * lanes * vector
         threads, weight_vector = args.batch * args.dim * lanes, 1
     else:
         real_bytes = arrays.compute_dtype(args.x.dtype).itemsize
-        while vector > 1 and vector * args.width * real_bytes > KEPT_BYTES[direction]:
+        while vector > 1 and vector * args.width * real_bytes > KEPT_BYTES:
             vector //= 2
         lanes, threads = 1, args.batch * (args.dim // vector)
-        steps = next((n for n in reversed(STEPS) if threads * -(-args.length // n) >= wanted), STEPS[0])
+        steps = _steps(args.length, -(-threads // THREADS), BLOCKS * multiprocessors, MOST_STEPS[direction])
         weight_vector = _weight_vector(args, vector)
     splits = -(-args.length // steps)
     constants = {
@@ -277,7 +289,8 @@ def _wide_backward(args, dy, dfinal_state, given):
 
 
 # ---------------------------------------------------------------------------------------------------- one step
-def _plan_update(state, x, weight, bias, silu, width):
+def plan_update(state, x, weight, bias, silu, width):
+    """The launch of one step, given a dict with all of these arrays and y (batch, dim), by name."""
     constants = {
         "X_T": kernels.C_TYPES[x.dtype.name],
         "W_T": kernels.C_TYPES[weight.dtype.name],
@@ -297,7 +310,7 @@ def update(xp, state, x, weight, bias, silu, width):
     y = xp.empty(x.shape, x.dtype)
     if x.size:
         x, weight, bias, here = (plans.whole(a) for a in (x, weight, bias, state))
-        launch = plans.planned(_plan_update, (here, x, weight, bias, silu, width), (here, x, weight, bias), (silu,))
+        launch = plans.planned(plan_update, (here, x, weight, bias, silu, width), (here, x, weight, bias), (silu,))
         launch({"state": here, "x": x, "weight": weight, "bias": bias, "y": y})
         if here is not state:
             state[...] = here

@@ -9,6 +9,7 @@ cuda_src/embedding.cu.
 
 from mambacupy import arrays, checks_dense, kernels
 from mambacupy.ops import plans, rows
+from mambacupy.ops.products import product
 from mambacupy.reference import linear as reference
 from mambacupy.reference.linear import EmbeddingGrads, EmbeddingSaved, LinearGrads, LinearSaved
 
@@ -61,21 +62,26 @@ def linear_fwd(x, weight, bias=None):
     if xp.__name__ == "numpy":
         return reference.linear_fwd(x, weight, bias)
     with x.device:
-        y = _product(reference.rows(x), weight.T)
+        y = product(xp, reference.rows(x), weight.T)
         if bias is not None:
             y += bias
     return y.reshape(*x.shape[:-1], weight.shape[0]), LinearSaved(x, weight, bias)  # (rows, out) -> (..., out)
 
 
-def linear_bwd(dy, saved):
+def linear_bwd(dy, saved, *, dtype=None, onto=None):
     """Gradient of `linear_fwd`.
 
     Parameters
     ----------
-    dy : array (..., out)
-        Gradient of y: x's dtype, or float32 where that is a 16-bit one, which is rounded first on a GPU.
+    dy : array (..., out), or tuple of such
+        Gradient of y: x's dtype, or float32 where that is a 16-bit one, which is rounded first on a GPU. A tuple has its parts
+        along the last axis, which need not be joined.
     saved : LinearSaved
         Second result of `linear_fwd`; its arrays must not have been written to since.
+    dtype : dtype, optional
+        Of the gradients of weight and bias: x's by default, or float32 where that is a 16-bit one.
+    onto : array (..., in), optional
+        What the gradient of x is added to, of x's dtype: where x went elsewhere too. It may be written to.
 
     Returns
     -------
@@ -87,28 +93,26 @@ def linear_bwd(dy, saved):
     TypeError, ValueError
         dy is no array of the library and device of `saved`, or its dtype or shape does not fit; `saved` is something else.
     """
-    xp = checks_dense.linear_bwd("linear_bwd", saved, dy)
+    xp, dtype = checks_dense.linear_bwd("linear_bwd", saved, dy, dtype, onto)
     if xp.__name__ == "numpy":
-        return reference.linear_bwd(dy, saved)
+        return reference.linear_bwd(dy, saved, dtype=dtype, onto=onto)
     x, weight, bias = saved
     with x.device:
-        dy = reference.rows(dy).astype(x.dtype, copy=False)
-        dx = _product(dy, weight).reshape(x.shape)  # (rows, in) -> (..., in)
-        dweight = _product(dy.T, reference.rows(x))
-        # As a product, the sum over rows is accumulated in float32 whatever the dtype.
-        dbias = None if bias is None else _product(xp.ones((1, len(dy)), dy.dtype), dy)[0]  # (1, out) -> (out,)
-    return LinearGrads(dx, dweight, dbias)
-
-
-def _product(a, b):
-    """a @ b of two matrices, the only shapes for which CuPy hands both to cuBLAS as they lie.
-
-    CuPy takes a product with one element for elementwise arithmetic, and would round each of its terms: that one is float32.
-    """
-    if a.shape[0] == b.shape[1] == 1:
-        real = arrays.compute_dtype(a.dtype)
-        return (a.astype(real, copy=False) @ b.astype(real, copy=False)).astype(a.dtype, copy=False)
-    return a @ b
+        parts = [reference.rows(part).astype(x.dtype, copy=False) for part in (dy if isinstance(dy, tuple) else (dy,))]
+        x_rows = reference.rows(x)
+        dx = None if onto is None else reference.rows(xp.ascontiguousarray(onto))
+        start, dweight = 0, None if len(parts) == 1 else xp.empty(weight.shape, dtype)
+        for part in parts:
+            rows_of_part = slice(start, start + part.shape[1])
+            dx = product(xp, part, weight[rows_of_part], dx, accumulate=dx is not None)
+            made = product(xp, part.T, x_rows, None if dweight is None else dweight[rows_of_part], dtype=dtype)
+            start = rows_of_part.stop
+        dweight = made if dweight is None else dweight
+        dbias = None
+        if bias is not None:  # as products, sums over rows are accumulated in float32 whatever the dtype
+            ones = xp.ones((1, len(x_rows)), x.dtype)
+            dbias = xp.concatenate([product(xp, ones, part, dtype=dtype)[0] for part in parts])  # (1, out) -> (out,)
+    return LinearGrads(dx.reshape(x.shape), dweight, dbias)  # (rows, in) -> (..., in)
 
 
 def embedding_fwd(tokens, weight):

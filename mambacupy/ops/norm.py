@@ -177,7 +177,7 @@ def _types(**dtypes):
 def _forward(args, eps, layer):
     """y, the sum, and mean (None without `layer`) and rstd of each row."""
     xp, x, weight, bias, residual, total_dtype = args
-    real, dim = arrays.compute_dtype(x.dtype), x.shape[-1]
+    real = arrays.compute_dtype(x.dtype)
     y = xp.empty(x.shape, x.dtype)
     total = x if residual is None and total_dtype == x.dtype else xp.empty(x.shape, total_dtype)
     rstd = xp.empty(x.shape[:-1], real)
@@ -187,14 +187,27 @@ def _forward(args, eps, layer):
     writes_total = total is not x
     x, x_row = rows.as_rows(xp, x)
     weight, bias = (rows.contiguous(xp, w) for w in (weight, bias))
-    tensors, residual_row = [(x, x_row), (weight,)], 0
+    residual_row = 0
     if residual is not None:
         residual, residual_row = rows.as_rows(xp, residual)
+    given = _UNUSED | {"x": x, "residual": residual, "weight": weight, "bias": bias, "y": y, "mean": mean, "rstd": rstd}
+    given["residual_out"] = total if writes_total else None
+    tensors = x, weight, bias, residual, y, given["residual_out"]
+    options = x_row, residual_row, eps, layer, total_dtype.num
+    plans.planned(_plan_forward, (*tensors, *options[:-1], total_dtype), tensors, options)(given)
+    return y, total, mean, rstd
+
+
+_UNUSED = dict.fromkeys(("dy", "dresidual_out", "dx", "dresidual", "dweight_parts", "dbias_parts"))
+
+
+def _plan_forward(x, weight, bias, residual, y, total, x_row, residual_row, eps, layer, total_dtype):
+    """The launch; total is None where it is not written."""
+    real, dim = arrays.compute_dtype(x.dtype), x.shape[-1]
+    tensors = [(x, x_row), (weight,), (y,), *((t,) for t in (bias, total) if t is not None)]
+    if residual is not None:
         tensors.append((residual, residual_row))
-    if bias is not None:
-        tensors.append((bias,))
-    outputs = [(y,), (total,)] if writes_total else [(y,)]
-    layout = _layout(dim, rows.widest_access(dim, *tensors, *outputs), 128 // real.itemsize)
+    layout = _layout(dim, rows.widest_access(dim, *tensors), 128 // real.itemsize)
     constants = layout | {"BACKWARD": 0, "LAYER": int(layer), "HAS_RESIDUAL": int(residual is not None)}
     constants |= _types(
         X_T=x.dtype, W_T=weight.dtype, RESIDUAL_T=x.dtype if residual is None else residual.dtype,
@@ -205,12 +218,8 @@ def _forward(args, eps, layer):
         "rows": count, "dim": dim, "x_row": x_row, "residual_row": residual_row, "total_row": dim, "dy_row": 0,
         "dtotal_row": 0, "rows_of_part": 0, "eps": struct.unpack("q", struct.pack("d", eps))[0],
     }  # fmt: skip
-    unused = dict.fromkeys(("dy", "dresidual_out", "dx", "dresidual", "dweight_parts", "dbias_parts"))
-    given = unused | {"x": x, "residual": residual, "weight": weight, "bias": bias, "y": y, "mean": mean, "rstd": rstd}
-    given["residual_out"] = total if writes_total else None
     blocks = -(-count // (layout["THREADS"] // layout["TEAM"]))
-    plans.prepared("norm.cu", "norm_fwd", constants, blocks, layout["THREADS"], numbers)(given)
-    return y, total, mean, rstd
+    return plans.prepared("norm.cu", "norm_fwd", constants, blocks, layout["THREADS"], numbers)
 
 
 def _rows_of_part(count, layout):
@@ -236,37 +245,48 @@ def _backward(xp, saved, mean, bias, dy, dtotal):
     total, total_row = rows.as_rows(xp, total)
     dy, dy_row = rows.as_rows(xp, dy)
     weight_rows = rows.contiguous(xp, weight)
-    tensors, dtotal_row = [(total, total_row), (dy, dy_row), (weight_rows,)], 0
+    dtotal_row = 0
     if dtotal is not None:
         dtotal, dtotal_row = rows.as_rows(xp, dtotal)
-        tensors.append((dtotal, dtotal_row))
-    outputs = [(dx,), (dresidual,)] if own_residual else [(dx,)]
-    layout = _layout(dim, rows.widest_access(dim, *tensors, *outputs), (96 if mean is None else 64) // real.itemsize)
-    layout["BLOCKS_PER_SM"] = 512 // layout["THREADS"]  # 128 registers a thread, which is what it takes
-    constants = layout | {"BACKWARD": 1, "LAYER": int(mean is not None), "HAS_RESIDUAL": int(own_residual)}
-    constants |= _types(
-        X_T=x_dtype, W_T=weight.dtype, RESIDUAL_T=saved.residual_dtype if own_residual else x_dtype, TOTAL_T=total.dtype,
-        REAL=real, DY_T=dy.dtype, DTOTAL_T=total.dtype if dtotal is None else dtotal.dtype,
-    )  # fmt: skip
-    count = dy.size // dim
-    rows_of_part = _rows_of_part(count, layout)
-    parts = -(-count // rows_of_part)
+    tensors = total, weight_rows, dy, dtotal, dx, dresidual if own_residual else None
+    options = total_row, dy_row, dtotal_row, mean is not None
+    parts, launches = plans.planned(_plan_backward, (*tensors, *options), tensors, options)
     dweight_parts = xp.empty((parts, dim), real)
     dbias_parts = None if bias is None else xp.empty((parts, dim), real)
-    numbers = {
-        "rows": count, "dim": dim, "x_row": 0, "residual_row": 0, "total_row": total_row, "dy_row": dy_row,
-        "dtotal_row": dtotal_row, "rows_of_part": rows_of_part, "eps": 0,
-    }  # fmt: skip
     given = {
         "x": None, "residual": None, "weight": weight_rows, "bias": None, "y": None, "residual_out": total, "mean": mean,
         "rstd": rstd, "dy": dy, "dresidual_out": dtotal, "dx": dx, "dresidual": dresidual if own_residual else None,
         "dweight_parts": dweight_parts, "dbias_parts": dbias_parts,
     }  # fmt: skip
-    threads = layout["THREADS"]
-    plans.prepared("norm.cu", "norm_bwd", constants, parts, threads, numbers)(given)
-    if not layout["KEPT"]:
-        blocks = parts * -(-dim // (layout["VECTOR"] * threads))
-        plans.prepared("norm.cu", "norm_bwd_weight", constants, blocks, threads, numbers)(given)
+    for launch in launches:
+        launch(given)
     pairs = [(dweight_parts, weight)] if bias is None else [(dweight_parts, weight), (dbias_parts, bias)]
     dweight, dbias = (*rows.sum_parts(xp, *pairs), None)[:2]
     return dx, dresidual, dweight, dbias
+
+
+def _plan_backward(total, weight, dy, dtotal, dx, dresidual, total_row, dy_row, dtotal_row, layer):
+    """How many parts dweight is summed up in, and the launches."""
+    real, dim = arrays.compute_dtype(dx.dtype), dy.shape[-1]
+    tensors = [(total, total_row), (dy, dy_row), (weight,), (dx,), *((t,) for t in (dresidual,) if t is not None)]
+    if dtotal is not None:
+        tensors.append((dtotal, dtotal_row))
+    layout = _layout(dim, rows.widest_access(dim, *tensors), (64 if layer else 96) // real.itemsize)
+    layout["BLOCKS_PER_SM"] = 512 // layout["THREADS"]  # 128 registers a thread, which is what it takes
+    constants = layout | {"BACKWARD": 1, "LAYER": int(layer), "HAS_RESIDUAL": int(dresidual is not None)}
+    constants |= _types(
+        X_T=dx.dtype, W_T=weight.dtype, RESIDUAL_T=dx.dtype if dresidual is None else dresidual.dtype, TOTAL_T=total.dtype,
+        REAL=real, DY_T=dy.dtype, DTOTAL_T=total.dtype if dtotal is None else dtotal.dtype,
+    )  # fmt: skip
+    count, threads = dy.size // dim, layout["THREADS"]
+    rows_of_part = _rows_of_part(count, layout)
+    parts = -(-count // rows_of_part)
+    numbers = {
+        "rows": count, "dim": dim, "x_row": 0, "residual_row": 0, "total_row": total_row, "dy_row": dy_row,
+        "dtotal_row": dtotal_row, "rows_of_part": rows_of_part, "eps": 0,
+    }  # fmt: skip
+    launches = [plans.prepared("norm.cu", "norm_bwd", constants, parts, threads, numbers)]
+    if not layout["KEPT"]:
+        blocks = parts * -(-dim // (layout["VECTOR"] * threads))
+        launches.append(plans.prepared("norm.cu", "norm_bwd_weight", constants, blocks, threads, numbers))
+    return parts, launches

@@ -61,16 +61,18 @@ def linear_fwd(x, weight, bias=None):
     return y.astype(x.dtype, copy=False), LinearSaved(x, weight, bias)
 
 
-def linear_bwd(dy, saved):
+def linear_bwd(dy, saved, *, dtype=None, onto=None):
     """`mambacupy.ops.linear.linear_bwd` for NumPy arrays."""
-    checks_dense.linear_bwd("linear_bwd", saved, dy)
+    _, dtype = checks_dense.linear_bwd("linear_bwd", saved, dy, dtype, onto)
     x, weight, bias = saved
     real = arrays.compute_dtype(x.dtype)
+    dy = np.concatenate(dy, axis=-1) if isinstance(dy, tuple) else dy
     dy = rows(dy).astype(real, copy=False)
     dx = (dy @ weight.astype(real, copy=False)).reshape(x.shape)  # (rows, in) -> (..., in)
+    dx = dx if onto is None else dx + onto.astype(real, copy=False)
     dweight = dy.T @ rows(x).astype(real, copy=False)
-    dbias = None if bias is None else dy.sum(0, dtype=np.float64).astype(bias.dtype)
-    return LinearGrads(dx.astype(x.dtype, copy=False), dweight.astype(weight.dtype, copy=False), dbias)
+    dbias = None if bias is None else dy.sum(0, dtype=np.float64).astype(dtype)
+    return LinearGrads(dx.astype(x.dtype, copy=False), dweight.astype(dtype, copy=False), dbias)
 
 
 def embedding_fwd(tokens, weight):
