@@ -126,6 +126,31 @@ DEVICE void store_whole(T* __restrict__ to, const Pack<T, COUNT>& pack, bool exi
     if (exists) *reinterpret_cast<Pack<T, COUNT>*>(to) = pack;
 }
 
+// COUNT elements by accesses to WIDTH of them, where those before `valid` exist; WIDTH divides that.
+template <int WIDTH, typename T, int COUNT>
+DEVICE Pack<T, COUNT> load_by(const T* __restrict__ from, int valid) {
+    if (WIDTH == COUNT) return load_whole<T, COUNT>(from, valid > 0);
+    Pack<T, COUNT> pack = {};
+#pragma unroll
+    for (int j = 0; j < COUNT; j += WIDTH) {
+        const auto part = load_whole<T, WIDTH>(from + j, j < valid);
+#pragma unroll
+        for (int i = 0; i < WIDTH; ++i) pack.set(j + i, part.get(i));
+    }
+    return pack;
+}
+template <int WIDTH, typename T, int COUNT>
+DEVICE void store_by(T* __restrict__ to, const Pack<T, COUNT>& pack, int valid) {
+    if (WIDTH == COUNT) return store_whole<T, COUNT>(to, pack, valid > 0);
+#pragma unroll
+    for (int j = 0; j < COUNT; j += WIDTH) {
+        Pack<T, WIDTH> part = {};
+#pragma unroll
+        for (int i = 0; i < WIDTH; ++i) part.set(i, pack.get(j + i));
+        store_whole<T, WIDTH>(to + j, part, j < valid);
+    }
+}
+
 // x itself, of which the compiler knows nothing: what follows from it is computed where it is used, not kept in registers.
 template <typename I> DEVICE I recomputed(I x) {
 #ifdef __CUDA_ARCH__

@@ -18,7 +18,8 @@
 // No atomics: dB and dC are summed over a warp and then over warps through shared memory, and over blocks by sum_parts.cu; dA,
 // dD and ddelta_bias over time by their threads, and over the batch by sum_parts.cu. Every order is fixed.
 //
-// Compile-time, besides tile.cuh's: CARRIES_ONLY DY_T ZOH SLICED SHARED_BYTES BLOCKS_PER_SM.
+// Compile-time, besides tile.cuh's: CARRIES_ONLY DY_T ZOH SLICED SHARED_BYTES BLOCKS_PER_SM, and ACCESS: neighbours of an item that are
+// moved by one instruction, fewer than all VECTOR where they do not lie aligned.
 #define COEFFICIENT_PADDING 8
 #include "tile.cuh"
 
@@ -211,10 +212,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
             return x + b * batch + tile_offset(t0, c0, row) + item.offset(row);
         };
         Tensors x;
-        x.u = load_whole<element, VECTOR>(from(p.u, p.u_batch, p.u_row), item.valid > 0);
-        x.delta = load_whole<element, VECTOR>(from(p.delta, p.delta_batch, p.delta_row), item.valid > 0);
-        x.dy = load_whole<DY_T, VECTOR>(from(p.dy, p.dy_batch, p.dy_row), item.valid > 0);
-        if (p.z) x.z = load_whole<element, VECTOR>(from(p.z, p.z_batch, p.z_row), item.valid > 0);
+        x.u = load_by<ACCESS, element, VECTOR>(from(p.u, p.u_batch, p.u_row), item.valid);
+        x.delta = load_by<ACCESS, element, VECTOR>(from(p.delta, p.delta_batch, p.delta_row), item.valid);
+        x.dy = load_by<ACCESS, DY_T, VECTOR>(from(p.dy, p.dy_batch, p.dy_row), item.valid);
+        if (p.z) x.z = load_by<ACCESS, element, VECTOR>(from(p.z, p.z_batch, p.z_row), item.valid);
         return x;
     };
     auto prefetch_tile = [&](long long t0) {                           // all of the tile that begins at t0
@@ -343,7 +344,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
             }
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
-                const real x = to_real(now.u.get(j)), step = item.valid > 0 ? dt[j] : real(0);
+                const real x = to_real(now.u.get(j)), step = (ACCESS == VECTOR ? item.valid > 0 : j < item.valid) ? dt[j] : real(0);
                 shared.steps[item.row(j)][column<sizeof(Step)>(item.channel(j), item.first_row())] = {step, ZOH ? x : step * x};
                 shared.gates[item.row(j)][column<sizeof(real)>(item.channel(j), item.first_row())] = gy[j];
             }
@@ -554,7 +555,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
             const Item item(k, channels, last_steps);
             const Tensors now = next;
             if (k + 1 < ITEMS) next = load(k + 1, t1, last_steps);
-            const bool exists = item.valid > 0;
+            auto exists = [&](int j) { return ACCESS == VECTOR ? item.valid > 0 : j < item.valid; };
             const long long at = b * p.du_batch + tile_offset(t1, c0, p.du_row) + item.offset(p.du_row);
             real by_B[VECTOR], by_A[VECTOR], out[VECTOR], skip[VECTOR];
 #pragma unroll
@@ -566,9 +567,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
                 out[j] = shared.gates[row][column<sizeof(real)>(c, first)] * real(COMPLEX ? 2 : 1);
                 skip[j] = shared.skip[c];
             }
-            if (SLICED && p.sums_in && exists) {
+            if (SLICED && p.sums_in) {
 #pragma unroll
                 for (int j = 0; j < VECTOR; ++j) {
+                    if (!exists(j)) continue;
                     by_B[j] += p.sums_in[at + j];
                     by_A[j] += p.sums_in[p.plane + at + j];
                     out[j] += p.sums_in[2 * p.plane + at + j];
@@ -577,7 +579,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
             if (SLICED && p.sums_out) {
 #pragma unroll
                 for (int j = 0; j < VECTOR; ++j) {
-                    if (!exists) break;
+                    if (!exists(j)) continue;
                     p.sums_out[at + j] = by_B[j];
                     p.sums_out[p.plane + at + j] = by_A[j];
                     p.sums_out[2 * p.plane + at + j] = out[j];
@@ -592,7 +594,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
                     from_real(x[j], rounded);
                     pack.set(j, rounded);
                 }
-                store_whole<element, VECTOR>(to + at, pack, exists);
+                store_by<ACCESS, element, VECTOR>(to + at, pack, item.valid);
             };
             real gy[VECTOR], dt[VECTOR], slope[VECTOR];
 #pragma unroll
@@ -617,7 +619,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
                 const real x = to_real(now.u.get(j));
                 by_A[j] = (ZOH ? by_A[j] : by_A[j] + x * by_B[j]) * slope[j];                 // [5]
                 by_B[j] = skip[j] * gy[j] + (ZOH ? by_B[j] : dt[j] * by_B[j]);                // [6]
-                const Shared::Terms term = {exists ? gy[j] * x : real(0), exists ? by_A[j] : real(0)};
+                const Shared::Terms term = {exists(j) ? gy[j] * x : real(0), exists(j) ? by_A[j] : real(0)};
                 terms[j] = TIME_CONTIGUOUS ? term : terms[j] + term;
             }
             store(p.ddelta, by_A);

@@ -307,7 +307,9 @@ def plan_backward(args, delta_softplus, reverse, dy, dlast_state, B, C):
     tensors = {name: x for name, x in tensors.items() if x is not None}
     common = _common(args, layout, tensors, delta_softplus, reverse)
     sliced = int(args.state > most)
-    common = common._replace(constants=common.constants | {"DY_T": kernels.C_TYPES[dy.dtype.name], "SLICED": sliced})
+    item = min(16 // args.u.itemsize, layout.tile if common.axis == 2 else layout.block_channels)
+    more = {"DY_T": kernels.C_TYPES[dy.dtype.name], "SLICED": sliced, "VECTOR": item, "ACCESS": common.constants["VECTOR"]}
+    common = common._replace(constants=common.constants | more)
     numbers = common.numbers | {"plane": args.u.size}
     numbers |= plans.strides(dlast_state, dlast_batch=0, dlast_dim=1, dlast_state_stride=2)
     slices = [
