@@ -146,11 +146,11 @@ def linear_bwd(operation, saved, dy, dtype, onto):
         raise ValueError(f"{operation}: the parts of dy have {' + '.join(map(str, outs))} columns, wanted {weight.shape[0]}")
     if dtype is None:
         return xp, x.dtype
-    allowed = dict.fromkeys(map(dtype_name, (x.dtype, arrays.compute_dtype(x.dtype))))
-    if dtype_name(dtype) not in allowed:
-        names = " or ".join(allowed)
-        raise TypeError(f"{operation}: dtype is {dtype_name(dtype)}, wanted {names} because x is {dtype_name(x.dtype)}")
-    return xp, np.dtype(dtype)
+    wanted, real = np.dtype(dtype), arrays.compute_dtype(x.dtype)
+    if wanted not in (x.dtype, real):
+        names = " or ".join(dict.fromkeys(map(dtype_name, (x.dtype, real))))
+        raise TypeError(f"{operation}: dtype is {dtype_name(wanted)}, wanted {names} because x is {dtype_name(x.dtype)}")
+    return xp, wanted
 
 
 def embedding(operation, tokens, weight):

@@ -14,6 +14,7 @@ The mixer and its initialisation are those of "Mamba: Linear-Time Sequence Model
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -397,7 +398,7 @@ class MambaMixer:
         """dt_rank as a number."""
         return math.ceil(self.d_model / 16) if self.dt_rank == "auto" else self.dt_rank
 
-    @property
+    @cached_property
     def shapes(self):
         """Shapes of the parameters that `init` gives, nested as they are."""
         inner, bias = self.d_inner, self.bias

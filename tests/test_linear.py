@@ -114,6 +114,8 @@ def test_a_gradient_is_added_to_one_of_x():
         linear_bwd(np.zeros((2, 3), X.dtype), saved, onto=X[:1])
     with pytest.raises(TypeError, match="linear_bwd: onto is float64, wanted float32, the dtype of x"):
         linear_bwd(np.zeros((2, 3), X.dtype), saved, onto=dense.wide(X))
+    with pytest.raises(TypeError, match="linear_bwd: dtype is float16, wanted float32 because x is float32"):
+        linear_bwd(np.zeros((2, 3), X.dtype), saved, dtype="float16")
 
 
 # ---------------------------------------------------------------------------------------------------- embedding
