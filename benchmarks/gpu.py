@@ -29,7 +29,7 @@ def run_tests():
     """Counts of the GPU tests' outcomes; the run ends here if one fails."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--require-gpu", "-p", "no:cacheprovider", "tests"]
     if importlib.util.find_spec("xdist"):
-        command += ["-n", "6"]  # most of the time goes into compiling
+        command += ["-n", "12"]  # most of the time goes into compiling
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     summary = done.stdout.strip().splitlines()[-1]
     print(summary, flush=True)

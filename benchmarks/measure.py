@@ -70,10 +70,12 @@ def time_order(row, order):
 
 
 def sweeps():
-    """Milliseconds against length (batch 1, dim 1536) and against batch (dim 1536, length 512), bfloat16, 16 states."""
+    """Milliseconds against length (batch 1, dim 1536) and against batch (dim 1536, length 512), and of a length that no access of
+    more than one element divides, beside its neighbour (batch 8, dim 2048); bfloat16, 16 states."""
     base = ROWS[0]._replace(batch=1, dim=1536)
     rows = {"length": [base._replace(length=2**n) for n in range(8, 21, 2)]}
     rows["batch"] = [base._replace(length=512, batch=4**n) for n in range(5)]
+    rows["odd length"] = [ROWS[0]._replace(length=n) for n in (4095, 4096)]
     found = {}
     for name, varied in rows.items():
         times = [dict(time_order(row, "length")) for row in varied]
