@@ -40,15 +40,14 @@ extern "C" __global__ void __launch_bounds__(256) combine_carries(const Params p
         }
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) {
-            half[i] = decay(total[i] * REAL(0.5), rate);               // twice: over a whole part, growth may overflow
+            half[i] = decay(total[i] * REAL(0.5), rate);
             if (BACKWARD) half[i] = conj(half[i]);
         }
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) {
             if (first + i >= p.splits) break;
             carry(i) = enters;
-            // Nothing stays nothing, however much a whole part would have made of it.
-            enters = is_zero(enters) ? local[i] : multiply_add(half[i], half[i] * enters, local[i]);
+            enters = handed_on(enters, half[i], local[i]);
         }
     }
 }

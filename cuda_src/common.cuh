@@ -104,6 +104,32 @@ DEVICE Pack<T, COUNT> load_pack(const T* __restrict__ from, int valid) {
     return pack;
 }
 
+// COUNT elements, and into L2 what lies around them, 256 bytes in all: for rows that are read a piece at a time. Memory is slow
+// where it is asked for less than whole lines.
+template <typename T, int COUNT>
+DEVICE Pack<T, COUNT> load_with_line(const T* from) {
+#ifdef __CUDA_ARCH__
+#if __CUDA_ARCH__ >= 800
+#define LOAD_WITH_LINE "ld.global.L2::256B"
+#else
+#define LOAD_WITH_LINE "ld.global.L2::128B"
+#endif
+    Pack<T, COUNT> pack;
+    auto* w = pack.bits.word;
+    if constexpr (sizeof(pack) == 16)
+        asm volatile(LOAD_WITH_LINE ".v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "l"(from));
+    else if constexpr (sizeof(pack) == 8)
+        asm volatile(LOAD_WITH_LINE ".v2.u32 {%0, %1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "l"(from));
+    else if constexpr (sizeof(pack) == 4)
+        asm volatile(LOAD_WITH_LINE ".u32 %0, [%1];" : "=r"(w[0]) : "l"(from));
+    else
+        asm volatile(LOAD_WITH_LINE ".u16 %0, [%1];" : "=h"(w[0]) : "l"(from));
+    return pack;
+#else
+    return load_pack<T, COUNT>(from, COUNT);
+#endif
+}
+
 template <typename T, int COUNT>
 DEVICE void store_pack(T* __restrict__ to, const Pack<T, COUNT>& pack, int valid) {
     if (valid >= COUNT) {
@@ -152,12 +178,25 @@ DEVICE void store_by(T* __restrict__ to, const Pack<T, COUNT>& pack, int valid) 
 }
 
 // x itself, of which the compiler knows nothing: what follows from it is computed where it is used, not kept in registers.
-template <typename I> DEVICE I recomputed(I x) {
+DEVICE long long recomputed(long long x) {
 #ifdef __CUDA_ARCH__
     asm volatile("" : "+l"(x));
 #endif
     return x;
 }
+DEVICE int recomputed(int x) {
+#ifdef __CUDA_ARCH__
+    asm volatile("" : "+r"(x));
+#endif
+    return x;
+}
+
+// Barriers of a block with numbers from 1 to 15, for `threads` threads in whole warps: some only say that they have come, with
+// all they wrote before, the others wait until all have. Emulators bring their own.
+#ifdef __CUDA_ARCH__
+DEVICE void arrive_at(int barrier, int threads) { asm volatile("bar.arrive %0, %1;" : : "r"(barrier), "r"(threads) : "memory"); }
+DEVICE void wait_at(int barrier, int threads) { asm volatile("bar.sync %0, %1;" : : "r"(barrier), "r"(threads) : "memory"); }
+#endif
 
 // Ask for a line of memory that will be read soon.
 DEVICE void prefetch(const void* at) {
@@ -307,15 +346,18 @@ DEVICE float decay(float step, float rate) { return exp2_fast(fmaf(step, rate, 2
 DEVICE double decay(double step, double rate) { return exp2_fast(step * rate); }
 // magnitude·e^(i·step·A). The angle is the exact product, less q·pi with q a whole number: what is left is at most pi/2, and an odd
 // q turns the sign. Minimax polynomials of sine and cosine, error 1e-7 for angles up to 2e4.
-DEVICE Complex<float> turned(float magnitude, float step, float A) {
-    const float nearest = 12582912.0f;                                 // 1.5·2^23: adding it rounds to an integer
-    const float shifted = fmaf(step * A, 0.318309886f, nearest), q = shifted - nearest;
+// `shifted` is 1.5·2^23, adding which rounds to an integer, plus step·A/pi: q follows from it.
+DEVICE Complex<float> turned(float magnitude, float step, float A, float shifted) {
+    const float q = shifted - 12582912.0f;
     const float r = fmaf(q, -9.67653585e-4f, fmaf(step, A, q * -3.140625f)), s = r * r;       // q·3.140625 is exact
     const float sine = fmaf(r * s, fmaf(fmaf(fmaf(2.5988586e-6f, s, -1.98060327e-4f), s, 8.33300874e-3f), s, -1.66666567e-1f), r);
     float cosine = fmaf(fmaf(-2.62090168e-7f, s, 2.47701792e-5f), s, -1.38885854e-3f);
     cosine = fmaf(fmaf(fmaf(cosine, s, 4.16666567e-2f), s, -0.5f), s, 1.0f);
-    magnitude = __uint_as_float(__float_as_uint(magnitude) ^ (__float_as_uint(shifted) << 31));
+    magnitude = __uint_as_float(__float_as_uint(magnitude) + (__float_as_uint(shifted) << 31));
     return {magnitude * cosine, magnitude * sine};
+}
+DEVICE Complex<float> turned(float magnitude, float step, float A) {
+    return turned(magnitude, step, A, fmaf(step * A, 0.318309886f, 12582912.0f));
 }
 DEVICE Complex<double> turned(double magnitude, double step, double A) {
     double sine, cosine;
@@ -323,6 +365,22 @@ DEVICE Complex<double> turned(double magnitude, double step, double A) {
     return {magnitude * cosine, magnitude * sine};
 }
 template <typename R> DEVICE Complex<R> decay(R step, Complex<R> rate) { return turned(decay(step, rate.re), step, rate.im); }
+
+// A rate with Im A/pi beside it, where a register is spent on it: one instruction less a step.
+struct TurningRate { float re, im, half_turns; };
+DEVICE float kept_rate(float A) { return rate_of(A); }
+DEVICE double kept_rate(double A) { return rate_of(A); }
+DEVICE Complex<double> kept_rate(Complex<double> A) { return rate_of(A); }
+DEVICE TurningRate kept_rate(Complex<float> A) { return {rate_of(A.re), A.im, A.im * 0.318309886f}; }
+DEVICE Complex<float> decay(float step, TurningRate rate) {
+    return turned(decay(step, rate.re), step, rate.im, fmaf(step, rate.half_turns, 12582912.0f));
+}
+
+// What a part of time hands on: exp(A·Σ Δ)·enters + local, for what enters it and what it would hand on if nothing did. Half of
+// the decay twice, because over a whole part growth may overflow; and nothing stays nothing, however much of it that would make.
+template <typename S> DEVICE S handed_on(S enters, S half, S local) {
+    return is_zero(enters) ? local : multiply_add(half, half * enters, local);
+}
 
 // phi(a) = (e^a - 1)/a, the factor by which exact zero-order hold differs from Euler; e^a comes along as `exp_a`.
 // Near 0 the quotient loses its digits, so a series takes over for |a| < 1/2.

@@ -8,23 +8,26 @@
 // block share every B and C they read.
 //
 // A block walks all of time in tiles of TILE steps (layout: tile.cuh). One half of its warps does what is done element by
-// element, the other half the recurrence, a tile apart, so that each hides the latencies of the other:
-//   elements      finish tile i-1 (sum the parts of Σ_n C·h in fixed order, add D·u, gate, store); make (Δ, Δ·u), B and C of
-//                 tile i+1 in shared memory; start the loads of tile i+2.
-//   recurrence    advance the states through tile i, and leave parts of Σ_n C·h in shared memory.
+// element, the other half the recurrence, so that each hides the latencies of the other. A tile passes between them in one of
+// BUFFERS buffers, and neither team waits for the other before it has no buffer left to work on:
+//   elements      prepare: make (Δ, Δ·u), B and C of a tile in shared memory, and start the loads of the next;
+//   recurrence    advance the states through the tile, and leave parts of Σ_n C·h where (Δ, Δ·u) stood;
+//   elements      finish: sum the parts in fixed order, add D·u, gate, store. The buffer is theirs again.
 //
 // Few channels and long sequences: time is cut into parts, and a first launch with CARRIES_ONLY runs the recurrence alone
-// (tile.cuh).
+// (tile.cuh). Where parts are few, each then finds by itself what enters it, from what all before it hand on (CHAINS); where they
+// are many, combine_carries.cu has found it.
 //
-// Compile-time, besides tile.cuh's: CARRIES_ONLY ZOH SHARED_BYTES BLOCKS_PER_SM. All are set by mambacupy/ops/, with the reasons.
+// Compile-time, besides tile.cuh's: CARRIES_ONLY CHAINS ZOH BUFFERS SHARED_BYTES BLOCKS_PER_SM. All are set by mambacupy/ops/,
+// with the reasons.
 #define COEFFICIENT_PADDING 16
 #include "tile.cuh"
 
-struct alignas(2 * sizeof(real)) Step { real dt, dtu; };               // Δ and Δ·u of one element
-constexpr int PARTS = LANES < 4 ? LANES : 4;                           // parts of Σ_n C·h left to `finish`
-struct alignas(PARTS * sizeof(real) < 16 ? PARTS * sizeof(real) : 16) Parts { real at[PARTS]; };
+struct alignas(2 * sizeof(real)) Pair { real at[2]; };                 // of one element: Δ and Δ·u, later parts of Σ_n C·h
+constexpr int PARTS = LANES < 4 ? LANES : 4, PAIRS = CARRIES_ONLY ? 1 : (PARTS + 1) / 2;      // left to `finish`
 constexpr int B_LOADS = coefficient_loads<B_VECTOR>(), C_LOADS = coefficient_loads<C_VECTOR>(), C_TURN = THREADS / 2;
 constexpr bool COEFFICIENTS_AHEAD = B_LOADS <= 8 && C_LOADS <= 8;      // few enough to wait in registers
+constexpr bool ENOUGH_REGISTERS = 2 * THREADS * BLOCKS_PER_SM <= 512;  // 128 for a thread
 constexpr bool C_STAGED = C_VARIES && !CARRIES_ONLY;
 constexpr int UNROLL = TILE < 8 ? TILE : 8;
 
@@ -48,36 +51,96 @@ struct Params {
     long long delta_softplus, first_block;
 };
 
-struct Shared {                                                        // double-buffered but for the last
-    Step steps[2][TILE][BLOCK_CHANNELS];
-    Parts parts[CARRIES_ONLY ? 1 : 2][CARRIES_ONLY ? 1 : TILE][BLOCK_CHANNELS];
-    alignas(16) state_t B[2][B_VARIES ? TILE * COEFFICIENT_PITCH : 1];
-    alignas(16) state_t C[2][C_STAGED ? TILE * COEFFICIENT_PITCH : 1];
+struct Buffer {                                                        // of one tile
+    Pair pairs[PAIRS][TILE * BLOCK_CHANNELS];
+    alignas(16) state_t B[B_VARIES ? TILE * COEFFICIENT_PITCH : 1];
+    alignas(16) state_t C[C_STAGED ? TILE * COEFFICIENT_PITCH : 1];
+};
+struct Shared {
+    Buffer buffers[BUFFERS];
     real skip[BLOCK_CHANNELS], bias[BLOCK_CHANNELS];                   // D and delta_bias
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "SHARED_BYTES is computed in ops/mapping.py");
 
+// Lanes of a channel lie NEIGHBOURS apart. Shared memory takes two passes for a read of 16 bytes where each lane has a neighbour,
+// one or two lanes away, that reads the same, and four else. Lanes that hold the same states of other channels read the same of B
+// and C: with four lanes a channel or more, they are the neighbours. (Δ, Δ·u) takes one pass instead of two for the same reason.
+constexpr int NEIGHBOURS = LANES >= 4 && LANES <= 16 && GROUPS > 1 ? 2 : 1;
+
 // State i of a lane. Neighbouring lanes hold neighbouring 16 bytes, so that they read B and C without conflicts.
-DEVICE int state_of(int lane, int i) {
-    constexpr int SIDE_BY_SIDE = 16 / sizeof(state_t) < SLOTS ? 16 / sizeof(state_t) : SLOTS;
-    return i / SIDE_BY_SIDE * (LANES * SIDE_BY_SIDE) + lane * SIDE_BY_SIDE + i % SIDE_BY_SIDE;
+constexpr int SIDE_BY_SIDE = 16 / sizeof(state_t) < SLOTS ? 16 / sizeof(state_t) : SLOTS;
+constexpr int PITCH = COEFFICIENT_PITCH / SIDE_BY_SIDE;                // of B and C, in entries of a Side
+struct alignas(SIDE_BY_SIDE * sizeof(state_t)) Side { state_t at[SIDE_BY_SIDE]; };
+DEVICE int state_of(int lane, int i) { return (i / SIDE_BY_SIDE * LANES + lane) * SIDE_BY_SIDE + i % SIDE_BY_SIDE; }
+
+// Where the pairs of an item lie.
+DEVICE int first_pair(const Item& item) {
+    return item.row(0) * BLOCK_CHANNELS + (int)column<sizeof(Pair)>(item.c, item.first_row());
 }
+DEVICE int next_pair(int first, int j) { return TIME_CONTIGUOUS ? first + (REVERSE ? -j : j) * BLOCK_CHANNELS : first ^ j; }
+constexpr int ITEM_ROWS = THREADS / ((TIME_CONTIGUOUS ? TILE : BLOCK_CHANNELS) / VECTOR);     // between two items of a thread
+static_assert(ITEM_ROWS > 0, "items of a thread lie below each other");
+constexpr bool PART_OF_A_LINE = TIME_CONTIGUOUS && TILE * sizeof(element) < 128;              // is a row of a tile in memory
 
-struct Inputs {                                                        // of one step: what a lane reads from shared memory
-    Step step[CHANNELS];
-    state_t B[SLOTS], C[SLOTS];
+// The accesses of a thread to B or C: found once where there are few, so that the compiler does not find them anew in every tile.
+template <bool TIME_FAST, int V, int LOADS>
+struct Kept {
+    static constexpr bool FEW = LOADS <= 2 && ITEMS <= 2 && ENOUGH_REGISTERS;
+    int turn;
+    CoefficientItem<TIME_FAST, V> items[FEW ? LOADS : 1];
+    long long offsets[FEW ? LOADS : 1];
 
-    DEVICE Inputs(const Shared& shared, int buffer, int t_round, int j, int lane, int group) {
-        const int t = t_round + j;
+    template <typename T> DEVICE Kept(int turn, const Coefficient<T>& x) : turn(turn) {
 #pragma unroll
-        for (int k = 0; k < CHANNELS; ++k)
-            step[k] = shared.steps[buffer][t][column<sizeof(Step)>(k * GROUPS + group, t_round + row_of_column(j))];
-#pragma unroll
-        for (int i = 0; i < SLOTS; ++i) {
-            if (B_VARIES) B[i] = shared.B[buffer][t * COEFFICIENT_PITCH + state_of(lane, i)];
-            if (C_STAGED) C[i] = shared.C[buffer][t * COEFFICIENT_PITCH + state_of(lane, i)];
+        for (int k = 0; k < (FEW ? LOADS : 0); ++k) {
+            items[k] = CoefficientItem<TIME_FAST, V>(k, turn);
+            offsets[k] = recomputed(items[k].n * x.state_stride + items[k].t * x.time_stride);
+            items[k].t = recomputed(items[k].t);
+            items[k].n = recomputed(items[k].n);
         }
     }
+    DEVICE CoefficientItem<TIME_FAST, V> item(int k) const {
+        return FEW ? items[FEW ? k : 0] : CoefficientItem<TIME_FAST, V>(k, turn);
+    }
+    template <typename T> DEVICE long long offset(int k, const Coefficient<T>& x) const {
+        return FEW ? offsets[FEW ? k : 0] : item(k).n * x.state_stride + item(k).t * x.time_stride;
+    }
+};
+
+// UNROLL steps of a tile, as the recurrence finds them. The compiler would make an address of its own for every step; of what it
+// cannot see through, it makes one, and puts the rest into the instructions that read.
+constexpr int SHARED_COLUMN = !TIME_CONTIGUOUS || VECTOR > UNROLL ? UNROLL : VECTOR;          // steps with the same columns
+struct Round {
+    int sides, pairs[CHANNELS][UNROLL / SHARED_COLUMN];
+
+    DEVICE Round(int t, int lane, int group) : sides(recomputed(t * PITCH + lane)) {
+#pragma unroll
+        for (int k = 0; k < CHANNELS; ++k) {
+#pragma unroll
+            for (int j = 0; j < UNROLL; j += SHARED_COLUMN) {
+                const unsigned c = column<sizeof(Pair)>(k * GROUPS + group, t + row_of_column(j));
+                pairs[k][j / SHARED_COLUMN] = recomputed(t * BLOCK_CHANNELS + (int)c);
+            }
+        }
+    }
+    DEVICE int pair(int j, int k) const { return pairs[k][j / SHARED_COLUMN] + j * BLOCK_CHANNELS; }
+};
+
+struct Inputs {                                                        // of one step: what a lane reads from shared memory
+    Pair step[CHANNELS];
+    Side B[SLOTS / SIDE_BY_SIDE], C[SLOTS / SIDE_BY_SIDE];
+
+    DEVICE Inputs(const Buffer& buffer, const Round& round, int j) {
+#pragma unroll
+        for (int k = 0; k < CHANNELS; ++k) step[k] = buffer.pairs[0][round.pair(j, k)];
+#pragma unroll
+        for (int i = 0; i < SLOTS / SIDE_BY_SIDE; ++i) {
+            if (B_VARIES) B[i] = reinterpret_cast<const Side*>(buffer.B)[round.sides + j * PITCH + i * LANES];
+            if (C_STAGED) C[i] = reinterpret_cast<const Side*>(buffer.C)[round.sides + j * PITCH + i * LANES];
+        }
+    }
+    DEVICE state_t B_of(int i) const { return B[i / SIDE_BY_SIDE].at[i % SIDE_BY_SIDE]; }
+    DEVICE state_t C_of(int i) const { return C[i / SIDE_BY_SIDE].at[i % SIDE_BY_SIDE]; }
 };
 
 extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selective_scan_fwd(const Params p) {
@@ -86,6 +149,7 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
 
     const Block block(p.first_block + blockIdx.x, p.splits, p.span, p.blocks_per_span, p.blocks_per_batch);
     const Split time(block.split, p.splits, p.length);
+    if (CARRIES_ONLY && CHAINS && block.split == p.splits - 1) return; // nobody asks what the last part hands on
     const long long b = block.b, c0 = block.c0;
     const int channels = block.channels;
     Coefficient<B_T> B = {p.B, p.B_state, p.B_time, p.B_imag};
@@ -96,8 +160,9 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
     const bool does_elements = threadIdx.x >= THREADS;                 // the other half does the recurrence
 
     // ------------------------------------------------------------------------------------------ what a lane keeps
-    const int lane = worker() % LANES, group = worker() / LANES;
-    state_t h[CHANNELS][SLOTS], rate[CHANNELS][SLOTS], B_kept[CHANNELS][SLOTS], C_kept[CHANNELS][SLOTS];
+    const int lane = worker() / NEIGHBOURS % LANES, group = worker() / (NEIGHBOURS * LANES) * NEIGHBOURS + worker() % NEIGHBOURS;
+    decltype(kept_rate(state_t())) rate[CHANNELS][SLOTS];
+    state_t h[CHANNELS][SLOTS], B_kept[CHANNELS][SLOTS], C_kept[CHANNELS][SLOTS];
     Memory<CHANNELS> memory;
 #if ZOH
     state_t A_kept[CHANNELS][SLOTS];
@@ -106,25 +171,55 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
     for (int k = 0; k < CHANNELS; ++k) {
 #pragma unroll
         for (int i = 0; i < SLOTS; ++i) {
-            int n = state_of(lane, i);
-            long long c = c0 + k * GROUPS + group;
+            const int n = state_of(lane, i);
+            const long long c = c0 + k * GROUPS + group;
             state_t a = {}, start = {}, b_const = {}, c_const = {};
             if (!does_elements && k * GROUPS + group < channels && n < p.state) {
                 a = bounded(p.A[c * p.A_dim + n * p.A_state]);
                 memory.add_state(k, real_part(rate_of(a)));
                 if (CARRIES_ONLY) start = {};
-                else if (p.splits > 1) start = p.carries[((b * p.splits + block.split) * p.dim + c) * p.state_total + n];
+                else if (p.splits > 1 && !CHAINS) start = p.carries[((b * p.splits + block.split) * p.dim + c) * p.state_total + n];
                 else if (p.initial_state) start = p.initial_state[b * p.init_batch + c * p.init_dim + n * p.init_state];
                 if (!B_VARIES) b_const = reinterpret_cast<const state_t*>(p.B)[c * p.B_group + n * p.B_state];
                 if (!C_VARIES && !CARRIES_ONLY) c_const = reinterpret_cast<const state_t*>(p.C)[c * p.C_group + n * p.C_state];
             }
             h[k][i] = start;
-            rate[k][i] = rate_of(a);
+            rate[k][i] = kept_rate(a);
             B_kept[k][i] = b_const;
             C_kept[k][i] = c_const;
 #if ZOH
             A_kept[k][i] = a;
 #endif
+        }
+    }
+    // Few parts of time: what enters this one is chained here, from what those before it hand on.
+    if (CHAINS && !CARRIES_ONLY && !does_elements) {
+        constexpr int AHEAD = CHANNELS * SLOTS <= 4 ? 8 : 4;           // parts that are read at once
+        for (long long first = 0; first < block.split; first += AHEAD) {
+            state_t local[AHEAD][CHANNELS][SLOTS] = {};
+            real total[AHEAD][CHANNELS] = {};
+#pragma unroll
+            for (int j = 0; j < AHEAD; ++j) {
+#pragma unroll
+                for (int k = 0; k < CHANNELS; ++k) {
+                    if (first + j >= block.split || k * GROUPS + group >= channels) continue;
+                    const long long at = (b * p.splits + first + j) * p.dim + c0 + k * GROUPS + group;
+                    total[j][k] = p.totals[at];
+#pragma unroll
+                    for (int i = 0; i < SLOTS; ++i)
+                        if (state_of(lane, i) < p.state) local[j][k][i] = p.carries[at * p.state_total + state_of(lane, i)];
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < AHEAD; ++j) {
+                if (first + j >= block.split) break;
+#pragma unroll
+                for (int k = 0; k < CHANNELS; ++k) {
+#pragma unroll
+                    for (int i = 0; i < SLOTS; ++i)
+                        h[k][i] = handed_on(h[k][i], decay(total[j][k] * real(0.5), rate[k][i]), local[j][k][i]);
+                }
+            }
         }
     }
     // A copy of the states for the backward pass or the caller: `at` points to (batch, dim, state) of this block's entry.
@@ -139,98 +234,169 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
         }
     };
 
+    // ------------------------------------------------------------------------------------------ the way
+    const bool gathers = CARRIES_ONLY && __syncthreads_and(p.delta_softplus && !memory.grows());
+    const bool from_end = REVERSE != gathers;
+    const int ahead = from_end ? -TILE : TILE;
+    const int tiles = (int)((time.end - time.begin + TILE - 1) / TILE);
+    const long long t_first = from_end ? (time.end - 1) / TILE * TILE : time.begin;
+    // Of all tiles only the last in memory may have fewer steps.
+    const int short_tile = from_end ? 0 : tiles - 1, short_steps = (int)(time.end - time.begin - (tiles - 1LL) * TILE);
+    auto steps_of = [&](int tile) { return tile == short_tile ? short_steps : TILE; };
+
     // ------------------------------------------------------------------------------------------ elements
+    // The items of this thread, and where they lie in shared memory: found once where registers allow it (tried: a few more of
+    // them kept, and some kernels spill), for the compiler would find them anew in every tile.
+    constexpr bool FOUND_ONCE = ITEMS <= 4 && ENOUGH_REGISTERS, FEW_ITEMS = ITEMS <= 2 && VECTOR > 1 && ENOUGH_REGISTERS;
+    Item first_item(0, channels, TILE);
+    if (FOUND_ONCE) first_item.c = recomputed(first_item.c), first_item.t = recomputed(first_item.t);
+    auto item_of = [&](int k, int tile_steps) {
+        if (ITEMS > 4) return Item(k, channels, tile_steps);
+        Item item = first_item;
+        (TIME_CONTIGUOUS ? item.c : item.t) += k * ITEM_ROWS;
+        item.limit(channels, tile_steps);
+        return item;
+    };
+    int kept_pairs[FEW_ITEMS ? ITEMS : 1];
+#pragma unroll
+    for (int k = 0; k < (FEW_ITEMS ? ITEMS : 0); ++k) {
+        kept_pairs[k] = first_pair(item_of(k, TILE));
+        if (TIME_CONTIGUOUS) kept_pairs[k] = recomputed(kept_pairs[k]);
+    }
+    auto pairs_of = [&](int k) { return FEW_ITEMS ? kept_pairs[FEW_ITEMS ? k : 0] : first_pair(item_of(k, TILE)); };
+    auto is_whole = [&](int tile_steps) { return ALL_ITEMS % THREADS == 0 && channels == BLOCK_CHANNELS && tile_steps == TILE; };
+
+    // Where the first item lies in a tensor of u's shape, in the tile that is loaded or finished next.
+    auto first_at = [&](auto* x, long long batch, long long row) {
+        return x + (b * batch + tile_offset(t_first, c0, row) + first_item.offset(row));
+    };
+    auto advanced = [&](auto*& x, long long row) { x += TIME_CONTIGUOUS ? ahead : ahead * row; };
+    const element *u_to_load = first_at(p.u, p.u_batch, p.u_row), *delta_to_load = first_at(p.delta, p.delta_batch, p.delta_row);
+    const element *u_to_finish = u_to_load, *z_to_finish = first_at(p.z, p.z_batch, p.z_row);
+    element* y_to_finish = first_at(p.y, p.y_batch, p.y_row);
+    B.base += t_first * p.B_time;
+    C.base += t_first * p.C_time;
+
+    auto keep_constants = [&] {
+        for (int c = worker(); c < BLOCK_CHANNELS; c += THREADS) {
+            shared.skip[c] = p.D && c < channels ? p.D[(c0 + c) * p.D_dim] : real(0);
+            shared.bias[c] = p.delta_bias && c < channels ? p.delta_bias[(c0 + c) * p.bias_dim] : real(0);
+        }
+    };
+
     // Items that are on their way: of the tile to be prepared next, and of the one to be finished next. u is read for both,
     // because two tiles of it would fill too many registers meanwhile.
     Pack<element, VECTOR> u_next[ITEMS], delta_next[ITEMS], u_done[ITEMS], z_done[ITEMS];
     Pack<B_T, B_VECTOR * REALS> B_next[COEFFICIENTS_AHEAD ? B_LOADS : 1];
     Pack<C_T, C_VECTOR * REALS> C_next[COEFFICIENTS_AHEAD ? C_LOADS : 1];
-    auto load_B = [&](int k, long long t0, int tile_steps) {
-        return load_coefficient<B_TIME_FAST, B_VECTOR>(k, 0, B, t0, tile_steps, (int)p.state);
+    const Kept<B_TIME_FAST, B_VECTOR, B_LOADS> B_items(0, B);
+    const Kept<C_TIME_FAST, C_VECTOR, C_LOADS> C_items(C_TURN, C);
+    auto load_B = [&](int k, int tile_steps) {
+        return load_coefficient(B_items.item(k), B.base + B_items.offset(k, B), B.imag, tile_steps, (int)p.state);
     };
-    auto load_C = [&](int k, long long t0, int tile_steps) {
-        return load_coefficient<C_TIME_FAST, C_VECTOR>(k, C_TURN, C, t0, tile_steps, (int)p.state);
-    };
-    auto steps_in = [&](long long t0) { return p.length - t0 < TILE ? (int)(p.length - t0) : TILE; };
-
-    auto load = [&](long long t0) {
-        const element* u = p.u + b * p.u_batch + tile_offset(t0, c0, p.u_row);
-        const element* delta = p.delta + b * p.delta_batch + tile_offset(t0, c0, p.delta_row);
-        const int tile_steps = steps_in(t0);
-#pragma unroll
-        for (int k = 0; k < ITEMS; ++k) {
-            Item item(k, channels, tile_steps);
-            u_next[k] = load_pack<element, VECTOR>(u + item.offset(p.u_row), item.valid);
-            delta_next[k] = load_pack<element, VECTOR>(delta + item.offset(p.delta_row), item.valid);
-        }
-#pragma unroll
-        for (int k = 0; k < (COEFFICIENTS_AHEAD && B_VARIES ? B_LOADS : 0); ++k) B_next[k] = load_B(k, t0, tile_steps);
-#pragma unroll
-        for (int k = 0; k < (COEFFICIENTS_AHEAD && C_STAGED ? C_LOADS : 0); ++k) C_next[k] = load_C(k, t0, tile_steps);
+    auto load_C = [&](int k, int tile_steps) {
+        return load_coefficient(C_items.item(k), C.base + C_items.offset(k, C), C.imag, tile_steps, (int)p.state);
     };
 
-    auto load_to_finish = [&](long long t0) {
-        const element* u = p.u + b * p.u_batch + tile_offset(t0, c0, p.u_row);
-        const element* z = p.z + b * p.z_batch + tile_offset(t0, c0, p.z_row);
+    // Items of a tensor in a tile; all of them exist in most tiles.
+    auto load_items = [&](Pack<element, VECTOR> (&items)[ITEMS], const element* from, long long row, int tile_steps) {
+        if (is_whole(tile_steps)) {
 #pragma unroll
-        for (int k = 0; k < (CARRIES_ONLY ? 0 : ITEMS); ++k) {
-            Item item(k, channels, steps_in(t0));
-            if (p.D) u_done[k] = load_pack<element, VECTOR>(u + item.offset(p.u_row), item.valid);
-            if (p.z) z_done[k] = load_pack<element, VECTOR>(z + item.offset(p.z_row), item.valid);
+            for (int k = 0; k < ITEMS; ++k) {
+                const element* const at = from + k * ITEM_ROWS * row;
+                items[k] = PART_OF_A_LINE ? load_with_line<element, VECTOR>(at) : load_pack<element, VECTOR>(at, VECTOR);
+            }
+        } else {
+#pragma unroll
+            for (int k = 0; k < ITEMS; ++k)
+                items[k] = load_pack<element, VECTOR>(from + k * ITEM_ROWS * row, item_of(k, tile_steps).valid);
         }
     };
 
-    auto prepare = [&](long long t0, int buffer) {
-        const int tile_steps = steps_in(t0);
+    auto load = [&](int tile_steps) {
+        load_items(u_next, u_to_load, p.u_row, tile_steps);
+        load_items(delta_next, delta_to_load, p.delta_row, tile_steps);
+        advanced(u_to_load, p.u_row);
+        advanced(delta_to_load, p.delta_row);
+#pragma unroll
+        for (int k = 0; k < (COEFFICIENTS_AHEAD && B_VARIES ? B_LOADS : 0); ++k) B_next[k] = load_B(k, tile_steps);
+#pragma unroll
+        for (int k = 0; k < (COEFFICIENTS_AHEAD && C_STAGED ? C_LOADS : 0); ++k) C_next[k] = load_C(k, tile_steps);
+        if (COEFFICIENTS_AHEAD) {
+            B.base += ahead * p.B_time;
+            C.base += ahead * p.C_time;
+        }
+    };
+
+    auto load_to_finish = [&](int tile_steps) {
+        if (p.D) load_items(u_done, u_to_finish, p.u_row, tile_steps);
+        if (p.z) load_items(z_done, z_to_finish, p.z_row, tile_steps);
+        advanced(u_to_finish, p.u_row);
+        advanced(z_to_finish, p.z_row);
+    };
+
+    auto prepare = [&](int tile_steps, Buffer& buffer) {
 #pragma unroll(COEFFICIENTS_AHEAD ? B_LOADS : 2)
         for (int k = 0; k < (B_VARIES ? B_LOADS : 0); ++k) {
-            if (!COEFFICIENTS_AHEAD) B_next[0] = load_B(k, t0, tile_steps);
-            stage_coefficient<B_TIME_FAST, B_VECTOR, B_T>(k, 0, shared.B[buffer], B_next[COEFFICIENTS_AHEAD ? k : 0]);
+            if (!COEFFICIENTS_AHEAD) B_next[0] = load_B(k, tile_steps);
+            stage_coefficient<B_TIME_FAST, B_VECTOR, B_T>(B_items.item(k), buffer.B, B_next[COEFFICIENTS_AHEAD ? k : 0]);
         }
 #pragma unroll(COEFFICIENTS_AHEAD ? C_LOADS : 2)
         for (int k = 0; k < (C_STAGED ? C_LOADS : 0); ++k) {
-            if (!COEFFICIENTS_AHEAD) C_next[0] = load_C(k, t0, tile_steps);
-            stage_coefficient<C_TIME_FAST, C_VECTOR, C_T>(k, C_TURN, shared.C[buffer], C_next[COEFFICIENTS_AHEAD ? k : 0]);
+            if (!COEFFICIENTS_AHEAD) C_next[0] = load_C(k, tile_steps);
+            stage_coefficient<C_TIME_FAST, C_VECTOR, C_T>(C_items.item(k), buffer.C, C_next[COEFFICIENTS_AHEAD ? k : 0]);
+        }
+        if (!COEFFICIENTS_AHEAD) {
+            B.base += ahead * p.B_time;
+            C.base += ahead * p.C_time;
         }
 #pragma unroll
         for (int k = 0; k < ITEMS; ++k) {
-            Item item(k, channels, tile_steps);
+            const Item item = item_of(k, tile_steps);
             real dt[VECTOR];
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) dt[j] = to_real(delta_next[k].get(j)) + shared.bias[item.channel(j) % BLOCK_CHANNELS];
-            if (p.delta_softplus) softplus_each(dt);
+            if (p.delta_softplus) {
+#pragma unroll
+                for (int j = 0; j < VECTOR; ++j) dt[j] = softplus(dt[j]);
+            }
+            if (!is_whole(tile_steps) && item.valid < VECTOR) {        // after softplus: a step of 0 leaves h as it is
+#pragma unroll
+                for (int j = 0; j < VECTOR; ++j) if (j >= item.valid) dt[j] = 0;
+            }
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
-                if (j >= item.valid) dt[j] = 0;                        // after softplus: a step of 0 leaves h as it is
-                Step step = {dt[j], dt[j] * to_real(u_next[k].get(j))};
-                const int at = column<sizeof(Step)>(item.channel(j), item.first_row());
-                if (item.in_tile(k)) shared.steps[buffer][item.row(j)][at] = step;
+                const Pair step = {dt[j], dt[j] * to_real(u_next[k].get(j))};
+                if (item.in_tile(k)) buffer.pairs[0][next_pair(pairs_of(k), j)] = step;
             }
         }
     };
 
-    auto finish = [&](long long t0, int buffer) {
+    auto finish = [&](int tile_steps, const Buffer& buffer) {
 #pragma unroll
-        for (int k = 0; k < (CARRIES_ONLY ? 0 : ITEMS); ++k) {
-            Item item(k, channels, steps_in(t0));
+        for (int k = 0; k < ITEMS; ++k) {
+            const Item item = item_of(k, tile_steps);
             if (!item.in_tile(k)) continue;
-            long long at = b * p.y_batch + tile_offset(t0, c0, p.y_row) + item.offset(p.y_row);
+            element* const y = y_to_finish + k * ITEM_ROWS * p.y_row;
             real sum[VECTOR];
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
-                Parts part = shared.parts[buffer][item.row(j)][column<sizeof(Parts)>(item.channel(j), item.first_row())];
-                sum[j] = part.at[0];
+                sum[j] = 0;
 #pragma unroll
-                for (int i = 1; i < PARTS; ++i) sum[j] += part.at[i];
+                for (int i = 0; i < PARTS; i += 2) {
+                    const Pair parts = buffer.pairs[i / 2][next_pair(pairs_of(k), j)];
+                    sum[j] = i == 0 ? parts.at[0] : sum[j] + parts.at[0];
+                    if (i + 1 < PARTS) sum[j] += parts.at[1];
+                }
                 if (COMPLEX) sum[j] *= real(2);
             }
-            if (p.parts_in) {
+            if (p.parts_in) {                                          // parts lie as y does
 #pragma unroll
-                for (int j = 0; j < VECTOR; ++j) if (j < item.valid) sum[j] += p.parts_in[at + j];
+                for (int j = 0; j < VECTOR; ++j) if (j < item.valid) sum[j] += p.parts_in[y - p.y + j];
             }
             if (p.parts_out) {
 #pragma unroll
-                for (int j = 0; j < VECTOR; ++j) if (j < item.valid) p.parts_out[at + j] = sum[j];
+                for (int j = 0; j < VECTOR; ++j) if (j < item.valid) p.parts_out[y - p.y + j] = sum[j];
                 continue;
             }
             if (p.D) {
@@ -251,14 +417,15 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
                 from_real(sum[j], rounded);
                 out.set(j, rounded);
             }
-            store_pack<element, VECTOR>(p.y + at, out, item.valid);
+            if (is_whole(tile_steps)) store_pack<element, VECTOR>(y, out, VECTOR);
+            else store_pack<element, VECTOR>(y, out, item.valid);
         }
+        advanced(y_to_finish, p.y_row);
     };
 
     // ------------------------------------------------------------------------------------------ recurrence
     const long long chunks = (p.length + CHUNK - 1) / CHUNK;
-    auto advance = [&](long long t0, int buffer) {
-        const int tile_steps = steps_in(t0);
+    auto advance = [&](long long t0, int tile_steps, Buffer& buffer) {
         bool chunk_begins = REVERSE ? (t0 + TILE) % CHUNK == 0 || t0 + TILE >= p.length : t0 % CHUNK == 0;
         if (p.states && chunk_begins) write_states(p.states + (b * chunks + t0 / CHUNK) * p.dim * p.state_total);
         // Rows past the end have dt = 0: whole rounds of them are left out, a rest of a round does no harm.
@@ -266,114 +433,129 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
         const int end_row = REVERSE ? TILE : tile_steps;
         // Reads run a step ahead, and parts are written once a round, because a write to shared memory holds back all reads
         // that follow it.
-        Inputs next(shared, buffer, first_row, 0, lane, group);
+        Round round(first_row, lane, group);
+        Inputs next(buffer, round, 0);
 #pragma unroll 1
         for (int t_round = first_row; t_round < end_row; t_round += UNROLL) {
+            const Round round_ahead((t_round + UNROLL) % TILE, lane, group);  // at the end, any
             real part[UNROLL][CHANNELS];
 #pragma unroll
             for (int j = 0; j < UNROLL; ++j) {
                 const Inputs now = next;
-                next = j + 1 < UNROLL ? Inputs(shared, buffer, t_round, j + 1, lane, group)
-                                      : Inputs(shared, buffer, (t_round + UNROLL) % TILE, 0, lane, group);   // at the end, any
+                next = j + 1 < UNROLL ? Inputs(buffer, round, j + 1) : Inputs(buffer, round_ahead, 0);
 #pragma unroll
                 for (int k = 0; k < CHANNELS; ++k) {
-                    const Step s = now.step[k];
+                    const real dt = now.step[k].at[0], dtu = now.step[k].at[1];
                     part[j][k] = 0;
 #pragma unroll
                     for (int i = 0; i < SLOTS; ++i) {
-                        state_t a = decay(s.dt, rate[k][i]);
-                        state_t input = s.dtu * (B_VARIES ? now.B[i] : B_kept[k][i]);
+                        state_t a = decay(dt, rate[k][i]);
+                        state_t input = dtu * (B_VARIES ? now.B_of(i) : B_kept[k][i]);
 #if ZOH
-                        input = input * phi(s.dt * A_kept[k][i], a);
+                        input = input * phi(dt * A_kept[k][i], a);
 #endif
                         h[k][i] = multiply_add(a, h[k][i], input);
-                        part[j][k] = real_product(h[k][i], C_VARIES ? now.C[i] : C_kept[k][i], part[j][k]);
+                        part[j][k] = real_product(h[k][i], C_VARIES ? now.C_of(i) : C_kept[k][i], part[j][k]);
                     }
                 }
             }
+            __syncwarp();                                              // all lanes of a channel have read what is overwritten
 #pragma unroll
             for (int j = 0; j < UNROLL; ++j) {
 #pragma unroll
                 for (int k = 0; k < CHANNELS; ++k) {
 #pragma unroll
-                    for (int step = LANES / 2; step >= 4; step /= 2) part[j][k] += __shfl_xor_sync(~0u, part[j][k], step);
-                    const int at = column<sizeof(Parts)>(k * GROUPS + group, t_round + row_of_column(j));
-                    if (LANES <= 4 || lane < PARTS) shared.parts[buffer][t_round + j][at].at[lane % PARTS] = part[j][k];
+                    for (int step = LANES / 2; step >= 4; step /= 2)
+                        part[j][k] += __shfl_xor_sync(~0u, part[j][k], step * NEIGHBOURS);
+                    if (LANES <= 4 || lane < PARTS)
+                        buffer.pairs[lane % PARTS / 2][round.pair(j, k)].at[lane % 2] = part[j][k];
                 }
             }
+            round = round_ahead;
         }
     };
 
     // What a part of time hands on, in one of two ways (tile.cuh): against time, gathered as Σ_t exp(A·S_t)·input_t, where S_t is
     // Σ Δ of the steps after t; or in order, by the recurrence.
-    auto carry_tile = [&](int buffer, bool gathers) {
-#pragma unroll 8
-        for (int step = 0; step < TILE; ++step) {
-            const int t = gathers ? TILE - 1 - step : step;
-            const Inputs now(shared, buffer, t / VECTOR * VECTOR, t % VECTOR, lane, group);
+    auto carry_tile = [&](const Buffer& buffer, bool gathers) {
+#pragma unroll 1
+        for (int t_round = 0; t_round < TILE; t_round += UNROLL) {
+            const Round round(gathers ? TILE - UNROLL - t_round : t_round, lane, group);
 #pragma unroll
-            for (int k = 0; k < CHANNELS; ++k) {
+            for (int step = 0; step < UNROLL; ++step) {
+                const Inputs now(buffer, round, gathers ? UNROLL - 1 - step : step);
 #pragma unroll
-                for (int i = 0; i < SLOTS; ++i) {
-                    const state_t a = decay(gathers ? memory.total[k] : now.step[k].dt, rate[k][i]);
-                    state_t input = now.step[k].dtu * (B_VARIES ? now.B[i] : B_kept[k][i]);
+                for (int k = 0; k < CHANNELS; ++k) {
+                    const real dt = now.step[k].at[0], dtu = now.step[k].at[1];
+#pragma unroll
+                    for (int i = 0; i < SLOTS; ++i) {
+                        const state_t a = decay(gathers ? memory.total[k] : dt, rate[k][i]);
+                        state_t input = dtu * (B_VARIES ? now.B_of(i) : B_kept[k][i]);
 #if ZOH
-                    input = input * phi(now.step[k].dt * A_kept[k][i], gathers ? decay(now.step[k].dt, rate[k][i]) : a);
+                        input = input * phi(dt * A_kept[k][i], gathers ? decay(dt, rate[k][i]) : a);
 #endif
-                    h[k][i] = gathers ? multiply_add(a, input, h[k][i]) : multiply_add(a, h[k][i], input);
+                        h[k][i] = gathers ? multiply_add(a, input, h[k][i]) : multiply_add(a, h[k][i], input);
+                    }
+                    memory.pass(k, dt);
                 }
-                memory.pass(k, now.step[k].dt);
             }
         }
     };
 
     // ------------------------------------------------------------------------------------------ the walk
-    for (int c = threadIdx.x; c < BLOCK_CHANNELS; c += 2 * THREADS) {
-        shared.skip[c] = p.D && c < channels ? p.D[(c0 + c) * p.D_dim] : real(0);
-        shared.bias[c] = p.delta_bias && c < channels ? p.delta_bias[(c0 + c) * p.bias_dim] : real(0);
+#if CARRIES_ONLY
+    // The teams walk side by side, because the recurrence decides how far.
+    if (does_elements) {
+        if (tiles > 0) load(steps_of(0));
+        keep_constants();
     }
-    __syncthreads();
-
-    const bool gathers = CARRIES_ONLY && __syncthreads_and(p.delta_softplus && !memory.grows());
-    const bool from_end = REVERSE != gathers;
-    const int ahead = from_end ? -TILE : TILE;
-    const long long tiles = (time.end - time.begin + TILE - 1) / TILE;
-    long long t0 = from_end ? (time.end - 1) / TILE * TILE : time.begin;
-    if (does_elements && tiles > 0) {
-        load(t0);
-        prepare(t0, 0);
-        if (tiles > 1) load(t0 + ahead);
-    }
-    for (long long tile = 0; tile < tiles; ++tile, t0 += ahead) {
-        const int buffer = tile & 1;
-        if (!CARRIES_ONLY) __syncthreads();
-        else if (__syncthreads_and(does_elements || (gathers && memory.is_exhausted()))) break;
+    for (int tile = -1; tile < tiles; ++tile) {
+        if (__syncthreads_and(does_elements || (gathers && memory.is_exhausted()))) break;
         if (does_elements) {
-            if (tile > 0) finish(t0 - ahead, buffer ^ 1);
-            if (tile + 1 < tiles) prepare(t0 + ahead, buffer ^ 1);
-            if (tile + 2 < tiles) load(t0 + 2 * ahead);
-            load_to_finish(t0);
-        } else if (!CARRIES_ONLY) {
-            advance(t0, buffer);
-        } else if (gathers) {
-            carry_tile(buffer, true);
-        } else {
-            carry_tile(buffer, false);
+            if (tile + 1 < tiles) prepare(steps_of(tile + 1), shared.buffers[(tile + 1) & 1]);
+            if (tile + 2 < tiles) load(steps_of(tile + 2));
+        } else if (tile >= 0) {
+            if (gathers) carry_tile(shared.buffers[tile & 1], true);
+            else carry_tile(shared.buffers[tile & 1], false);
         }
     }
-    __syncthreads();
+    if (does_elements) return;
+    const long long batch_split = b * p.splits + block.split;
+    write_states(p.carries + batch_split * p.dim * p.state_total);
+#pragma unroll
+    for (int k = 0; k < CHANNELS; ++k)
+        if (lane == 0 && k * GROUPS + group < channels)
+            p.totals[batch_split * p.dim + c0 + k * GROUPS + group] = memory.total[k];
+#else
+    // The first BUFFERS barriers say of a buffer that it is prepared, the next that its tile is done.
+    int buffer = 0, done = 0;
     if (does_elements) {
-        if (tiles > 0) finish(t0 - ahead, (tiles - 1) & 1);
+        if (tiles > 0) load(steps_of(0));
+        keep_constants();
+        wait_at(1 + 2 * BUFFERS, THREADS);
+        for (int tile = 0; tile < tiles + BUFFERS - 1; ++tile) {
+            const int last = tile - (BUFFERS - 1);               // the tile that is finished now
+            if (last >= 0) load_to_finish(steps_of(last));
+            if (tile < tiles) {
+                prepare(steps_of(tile), shared.buffers[buffer]);
+                arrive_at(1 + buffer, 2 * THREADS);
+                buffer = buffer + 1 < BUFFERS ? buffer + 1 : 0;
+                if (tile + 1 < tiles) load(steps_of(tile + 1));
+            }
+            if (last >= 0) {
+                wait_at(1 + BUFFERS + done, 2 * THREADS);
+                finish(steps_of(last), shared.buffers[done]);
+                done = done + 1 < BUFFERS ? done + 1 : 0;
+            }
+        }
         return;
     }
-    if (CARRIES_ONLY) {
-        const long long batch_split = b * p.splits + block.split;
-        write_states(p.carries + batch_split * p.dim * p.state_total);
-#pragma unroll
-        for (int k = 0; k < CHANNELS; ++k)
-            if (lane == 0 && k * GROUPS + group < channels)
-                p.totals[batch_split * p.dim + c0 + k * GROUPS + group] = memory.total[k];
-    } else if (block.split == p.splits - 1) {
-        write_states(p.last_state + b * p.dim * p.state_total);
+    for (int tile = 0; tile < tiles; ++tile) {
+        wait_at(1 + buffer, 2 * THREADS);
+        advance(t_first + (long long)tile * ahead, steps_of(tile), shared.buffers[buffer]);
+        arrive_at(1 + BUFFERS + buffer, 2 * THREADS);
+        buffer = buffer + 1 < BUFFERS ? buffer + 1 : 0;
     }
+    if (block.split == p.splits - 1) write_states(p.last_state + b * p.dim * p.state_total);
+#endif
 }

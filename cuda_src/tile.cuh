@@ -41,13 +41,15 @@ struct Item {
 #if TIME_CONTIGUOUS
         c = index / (TILE / VECTOR);
         t = index % (TILE / VECTOR) * VECTOR;
-        valid = c < channels ? steps - t : 0;
 #else
         t = index / (BLOCK_CHANNELS / VECTOR);
         c = index % (BLOCK_CHANNELS / VECTOR) * VECTOR;
-        valid = t < steps ? channels - c : 0;
 #endif
+        limit(channels, steps);
         if (ALL_ITEMS % THREADS != 0 && index >= ALL_ITEMS) valid = 0;
+    }
+    DEVICE void limit(int channels, int steps) {
+        valid = TIME_CONTIGUOUS ? (c < channels ? steps - t : 0) : (t < steps ? channels - c : 0);
     }
     DEVICE bool in_tile(int k) const { return ALL_ITEMS % THREADS == 0 || worker() + k * THREADS < ALL_ITEMS; }
 
@@ -105,6 +107,7 @@ struct CoefficientItem {                                               // access
     int t, n;                                                          // step and state of its first entry
     bool in_tile;
 
+    CoefficientItem() = default;
     // `turn` lets B and C begin with different threads where there is not enough work for all of them.
     DEVICE CoefficientItem(int k, int turn) {
         const int index = (worker() + turn) % THREADS + k * THREADS;
@@ -125,15 +128,14 @@ struct CoefficientItem {                                               // access
 };
 
 template <bool TIME_FAST, int V, typename T>
-DEVICE Pack<T, V * REALS> load_coefficient(int k, int turn, const Coefficient<T>& x, long long t0, int steps, int states) {
-    const CoefficientItem<TIME_FAST, V> item(k, turn);
-    const T* from = x.base + item.n * x.state_stride + (t0 + item.t) * x.time_stride;
+DEVICE Pack<T, V * REALS> load_coefficient(
+    const CoefficientItem<TIME_FAST, V>& item, const T* from, long long imag, int steps, int states) {
     const bool exists = item.in_tile && item.t < steps && item.n < states;                    // all of it: V divides what there is
     if (V > 1) return load_whole<T, V * REALS>(from, exists);
     Pack<T, V * REALS> raw = {};
     if (exists) {
         raw.set(0, from[0]);
-        if (COMPLEX) raw.set(REALS - 1, from[x.imag]);
+        if (COMPLEX) raw.set(REALS - 1, from[imag]);
     }
     return raw;
 }
@@ -145,8 +147,13 @@ DEVICE void prefetch_coefficient(int k, int turn, const Coefficient<T>& x, long 
 }
 
 template <bool TIME_FAST, int V, typename T>
-DEVICE void stage_coefficient(int k, int turn, state_t* tile, const Pack<T, V * REALS>& raw) {
+DEVICE Pack<T, V * REALS> load_coefficient(int k, int turn, const Coefficient<T>& x, long long t0, int steps, int states) {
     const CoefficientItem<TIME_FAST, V> item(k, turn);
+    return load_coefficient(item, x.base + item.n * x.state_stride + (t0 + item.t) * x.time_stride, x.imag, steps, states);
+}
+
+template <bool TIME_FAST, int V, typename T>
+DEVICE void stage_coefficient(const CoefficientItem<TIME_FAST, V>& item, state_t* tile, const Pack<T, V * REALS>& raw) {
     if (!item.in_tile) return;
 #pragma unroll
     for (int j = 0; j < V; ++j) {
@@ -158,6 +165,11 @@ DEVICE void stage_coefficient(int k, int turn, state_t* tile, const Pack<T, V * 
 #endif
         tile[(REVERSE ? TILE - 1 - t : t) * COEFFICIENT_PITCH + n] = value;
     }
+}
+
+template <bool TIME_FAST, int V, typename T>
+DEVICE void stage_coefficient(int k, int turn, state_t* tile, const Pack<T, V * REALS>& raw) {
+    stage_coefficient<TIME_FAST, V, T>(CoefficientItem<TIME_FAST, V>(k, turn), tile, raw);
 }
 
 // ---------------------------------------------------------------------------------------------- channels of a block

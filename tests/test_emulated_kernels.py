@@ -15,11 +15,17 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulato
 FEW = ("base", "complex-bfloat16", "float64", "groups-differ", "constant-BC", "zoh-complex", "reverse",
        "channel-order-bfloat16", "length-1", "state-5", "state-100", "state-32-channel-order-bfloat16", "dim-7")  # fmt: skip
 SMALL = kernels.Device(multiprocessors=4, shared_bytes=65536, shared_bytes_of_multiprocessor=65536)
+ONE, FOUR = (emulator.H100._replace(multiprocessors=n) for n in (1, 4))
 OTHERS = {
     "parts of time": ({"batch": 1, "dim": 5, "length": 1100, "state": 4}, emulator.H100),
     "parts of time, reverse": ({"batch": 1, "dim": 5, "length": 1100, "state": 4, "reverse": True}, emulator.H100),
     "parts of time, some empty": ({"batch": 1, "dim": 5, "length": 1200, "state": 4}, emulator.H100),
     "parts of time, some empty, reverse": ({"batch": 1, "dim": 5, "length": 1200, "state": 4, "reverse": True}, emulator.H100),
+    "more parts of time than chain themselves": ({"batch": 1, "dim": 2, "length": 4300, "state": 2}, emulator.H100),
+    "a block for each multiprocessor": ({"batch": 1, "dim": 312, "length": 70, "state": 16}, FOUR),
+    "a block for each, channel order": ({"batch": 1, "dim": 312, "length": 70, "state": 16, "order": "channel"}, FOUR),
+    "two channels a lane": ({"batch": 1, "dim": 141, "length": 70, "state": 30}, ONE),
+    "two channels a lane, reverse": ({"batch": 1, "dim": 141, "length": 70, "state": 30, "reverse": True}, ONE),
     "64 KiB of shared memory": ({"dim": 130}, SMALL),
     "64 KiB of shared memory, float64": ({"dim": 130, "dtype": "float64"}, SMALL),
 }

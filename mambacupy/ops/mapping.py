@@ -4,6 +4,7 @@ The words are those of cuda_src/tile.cuh: LANES lanes hold the states of a chann
 channels; a block holds TILE steps of its channels in shared memory; time may be cut into `splits` parts.
 """
 
+import math
 from typing import NamedTuple
 
 from mambacupy import arrays
@@ -16,8 +17,15 @@ more lanes."""
 CHUNKS_OF_A_PART = 2
 """Chunks in a part of time at least, in the forward kernel: a part must be worth the launch that finds what enters it."""
 
+MOST_PARTS_CHAINED = 32
+"""Parts of time of which each finds by itself what enters it, in the forward direction: so many take less time than a launch
+that finds it for all."""
+
 COST_OF_HALF_A_BLOCK = 1.08
 """Time for a channel in a block of half the size, relative to a full one: fewer channels share a load of B and C."""
+
+COST_OF_A_LONE_BLOCK = 1.05
+"""The same for a block of any size that has a multiprocessor for itself."""
 
 
 class Mapping(NamedTuple):
@@ -29,6 +37,7 @@ class Mapping(NamedTuple):
     tile: int
     threads: int  # of a team
     teams: int  # of a block: the forward kernel has one for elements and one for the recurrence
+    buffers: int  # tiles in shared memory at a time, in the forward kernel
     blocks_per_sm: int  # that the compiler leaves registers for
     splits: int
     shared_bytes: int  # dynamic shared memory
@@ -36,9 +45,8 @@ class Mapping(NamedTuple):
     @property
     def constants(self):
         """As the kernels name them."""
-        names = ("LANES", "SLOTS", "CHANNELS", "TILE", "THREADS", "BLOCKS_PER_SM", "SHARED_BYTES")
-        values = (self.lanes, self.slots, self.channels, self.tile, self.threads, self.blocks_per_sm, self.shared_bytes)
-        return dict(zip(names, values, strict=True))
+        names = ("lanes", "slots", "channels", "tile", "threads", "buffers", "blocks_per_sm", "shared_bytes")
+        return {name.upper(): getattr(self, name) for name in names}
 
     @property
     def block_channels(self):
@@ -98,7 +106,8 @@ def forward(args, state, device):
 
     Eight states a lane (four complex ones) are enough independent work to hide the latencies of one step, and leave little to
     add up across lanes. Parts of time cost their recurrence twice, so they come only where they fill a GPU that is mostly idle;
-    lanes cost sums across them, and come where there are still too few warps. float64 gets twice the registers a thread.
+    lanes cost sums across them, and come where there are still too few warps. Where there are more than enough and B and C are
+    long, a lane serves two channels with what it reads of them. float64 gets twice the registers a thread.
     """
     slots = min(4 if args.complex else 8, power_of_two(state))
     lanes = power_of_two(-(-state // slots))
@@ -106,23 +115,39 @@ def forward(args, state, device):
     splits = _parts_of_time(args, lanes_wanted // lanes_given, CHUNKS_OF_A_PART) if lanes_given * 3 <= lanes_wanted else 1
     while slots > 1 and lanes < 32 and 2 * args.batch * args.dim * lanes * splits <= lanes_wanted:
         slots, lanes = slots // 2, lanes * 2
-    threads = min((128, 64), key=lambda threads: _most_work(args, splits, threads, threads // lanes, 128, device))
-    for tile in (32, 16, 8, 4, 2, 1):
-        shared_bytes = _forward_shared_bytes(args, lanes, slots, tile, threads)
-        in_registers = tile * args.u.itemsize // lanes  # bytes of each tensor that a thread holds
-        if in_registers <= 32 and shared_bytes <= _shared_bytes_for_two(device):
+    real_bytes, state_bytes = _bytes(args)
+    channels = 2 if lanes >= 4 and state_bytes == 4 and not args.zoh and lanes_given >= 2 * lanes_wanted else 1
+    work = {size: _most_work(args, splits, size, size // lanes * channels, 128, device) for size in (128, 64)}
+    threads = min(work, key=work.get)
+    room, blocks_per_sm = _shared_bytes_for_two(device), (256 if real_bytes == 4 else 128) // threads
+    lone = _lone_block(args, splits, lanes, device) if lanes <= 2 <= slots and state_bytes == 4 else math.inf
+    if lone * COST_OF_A_LONE_BLOCK < work[threads]:
+        threads, room, blocks_per_sm = lone, device.shared_bytes, 1
+        if lone <= 160:  # twice the warps, of 96 registers a thread: four schedulers share them more evenly
+            lanes, slots, threads = 2 * lanes, slots // 2, 2 * lone
+    block_channels = threads // lanes * channels
+    for tile, buffers in ((32, 3), (32, 2), (16, 3), (16, 2), (8, 2), (4, 2), (2, 2), (1, 2)):
+        shared_bytes = _forward_shared_bytes(args, lanes, slots, tile, block_channels, buffers)
+        in_registers = tile * block_channels // threads * args.u.itemsize  # bytes of each tensor that a thread holds
+        if in_registers <= 64 and shared_bytes <= room:
             break
-    threads_of_a_team = 256 if _bytes(args)[0] == 4 else 128  # on a multiprocessor
-    return Mapping(lanes, slots, 1, tile, threads, 2, threads_of_a_team // threads, splits, shared_bytes)
+    return Mapping(lanes, slots, channels, tile, threads, 2, buffers, blocks_per_sm, splits, shared_bytes)
 
 
-def _forward_shared_bytes(args, lanes, slots, tile, threads):
+def _lone_block(args, splits, lanes, device):
+    """Lanes of a block of which every multiprocessor gets one at most, and about the same; infinitely many if there is none."""
+    sizes = (96, 160, 192)  # channels are a multiple of 16, for the sake of `column` in tile.cuh
+    fitting = (size for size in sizes if args.batch * splits * -(-args.dim // (size // lanes)) <= device.multiprocessors)
+    return next(fitting, math.inf)
+
+
+def _forward_shared_bytes(args, lanes, slots, tile, block_channels, buffers):
     """An upper bound of sizeof(Shared) in selective_scan_fwd.cu, which checks it."""
     real_bytes, state_bytes = _bytes(args)
     varying = (args.groups_B > 0) + (args.groups_C > 0)
-    elements = (2 * tile * (2 + min(lanes, 4)) + 2) * (threads // lanes) * real_bytes
-    coefficients = 2 * varying * tile * (lanes * slots * state_bytes + 16)
-    return elements + coefficients + 1024
+    pairs = 1 if lanes < 4 else 2  # of numbers, of an element
+    coefficients = varying * (lanes * slots * state_bytes + 16)  # of a step
+    return buffers * tile * (2 * pairs * block_channels * real_bytes + coefficients) + 2 * block_channels * real_bytes + 1024
 
 
 def backward(args, state, device):
@@ -164,7 +189,7 @@ def _backward_of(args, state, slots, blocks_per_sm, device):
     wanted = blocks_per_sm * device.multiprocessors // (args.batch * -(-args.dim // (threads // lanes * channels)))
     splits = _parts_of_time(args, wanted, 1) if wanted >= 2 and args.length > 4 * CHUNK else 1
     shared_bytes = _backward_shared_bytes(args, lanes, slots, channels, threads)
-    return Mapping(lanes, slots, channels, CHUNK, threads, 1, blocks_per_sm * 128 // threads, splits, shared_bytes)
+    return Mapping(lanes, slots, channels, CHUNK, threads, 1, 1, blocks_per_sm * 128 // threads, splits, shared_bytes)
 
 
 def _backward_shared_bytes(args, lanes, slots, channels, threads):

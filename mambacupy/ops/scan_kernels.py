@@ -143,12 +143,16 @@ def _launches(args, layout, name, common, numbers, entering, backward):
     """Launches that scan one slice of the states: the kernel, and before it those that find what enters each part of time."""
     file, blocks = f"{name}.cu", args.batch * layout.splits * common.blocks_per_batch
 
+    chains = not backward and 1 < layout.splits <= mapping.MOST_PARTS_CHAINED
+
     def prepare(carries_only):
-        constants = common.constants | {"CARRIES_ONLY": carries_only}
+        constants = common.constants | {"CARRIES_ONLY": carries_only, "CHAINS": int(chains)}
         return kernels.get(file, name, constants, layout.shared_bytes).prepare(blocks, layout.threads * layout.teams, numbers)
 
     if layout.splits == 1:
         return [prepare(0)]
+    if chains:
+        return [prepare(1), prepare(0)]
     real = kernels.C_TYPES[arrays.compute_dtype(args.u.dtype).name]
     types = {"BACKWARD": backward, "STATE_T": f"Complex<{real}>" if args.complex else real, "REAL": real}
     combine = kernels.get("combine_carries.cu", "combine_carries", types)
