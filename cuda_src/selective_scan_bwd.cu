@@ -18,8 +18,7 @@
 // No atomics: dB and dC are summed over a warp and then over warps through shared memory, and over blocks by sum_parts.cu; dA,
 // dD and ddelta_bias over time by their threads, and over the batch by sum_parts.cu. Every order is fixed.
 //
-// Compile-time, besides tile.cuh's: CARRIES_ONLY DY_T ZOH SLICED SHARED_BYTES BLOCKS_PER_SM, and ACCESS: neighbours of an item that are
-// moved by one instruction, fewer than all VECTOR where they do not lie aligned.
+// Compile-time, besides tile.cuh's: CARRIES_ONLY DY_T ZOH SLICED SHARED_BYTES BLOCKS_PER_SM.
 #define COEFFICIENT_PADDING 8
 #include "tile.cuh"
 

@@ -304,12 +304,13 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
 #pragma unroll
             for (int k = 0; k < ITEMS; ++k) {
                 const element* const at = from + k * ITEM_ROWS * row;
-                items[k] = PART_OF_A_LINE ? load_with_line<element, VECTOR>(at) : load_pack<element, VECTOR>(at, VECTOR);
+                if (PART_OF_A_LINE && ACCESS == VECTOR) items[k] = load_with_line<element, VECTOR>(at);
+                else items[k] = load_by<ACCESS, element, VECTOR>(at, VECTOR);
             }
         } else {
 #pragma unroll
             for (int k = 0; k < ITEMS; ++k)
-                items[k] = load_pack<element, VECTOR>(from + k * ITEM_ROWS * row, item_of(k, tile_steps).valid);
+                items[k] = load_by<ACCESS, element, VECTOR>(from + k * ITEM_ROWS * row, item_of(k, tile_steps).valid);
         }
     };
 
@@ -417,8 +418,7 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
                 from_real(sum[j], rounded);
                 out.set(j, rounded);
             }
-            if (is_whole(tile_steps)) store_pack<element, VECTOR>(y, out, VECTOR);
-            else store_pack<element, VECTOR>(y, out, item.valid);
+            store_by<ACCESS, element, VECTOR>(y, out, is_whole(tile_steps) ? VECTOR : item.valid);
         }
         advanced(y_to_finish, p.y_row);
     };

@@ -3,10 +3,11 @@
 // A block owns BLOCK_CHANNELS channels of one batch entry and holds TILE steps of them at a time, in shared memory, as rows of
 // BLOCK_CHANNELS columns. Rows are in the order in which time is walked (`reverse` turns them here and nowhere else).
 // Two kinds of work meet in such a tile:
-//   element by element   in the memory order of u: an item is VECTOR neighbouring elements, moved by one instruction;
+//   element by element   in the memory order of u: an item is VECTOR neighbouring elements, of which an instruction moves ACCESS:
+//                        all, or fewer where they do not lie aligned;
 //   step by step         LANES neighbouring lanes hold the states of CHANNELS channels, SLOTS states of each in every lane.
 //
-// Compile-time: COMPLEX REVERSE TIME_CONTIGUOUS VECTOR LANES SLOTS CHANNELS TILE THREADS, the element types U_T B_T C_T, and for
+// Compile-time: COMPLEX REVERSE TIME_CONTIGUOUS VECTOR ACCESS LANES SLOTS CHANNELS TILE THREADS, the element types U_T B_T C_T, and for
 // B and C: VARIES, TIME_FAST, and VECTOR, the neighbours moved at once. A kernel defines COEFFICIENT_PADDING.
 #pragma once
 #include "common.cuh"

@@ -127,7 +127,7 @@ def test_plans_depend_on_alignment_strides_and_options(launched):
     for change in changes:
         selective_scan(**arguments | change)
     assert len({repr(launch[:-1]) for launch in launched}) == len(changes)
-    assert dict(launched[0][2])["VECTOR"] == 8 and dict(launched[1][2])["VECTOR"] == 1
+    assert dict(launched[0][2])["ACCESS"] == 8 and dict(launched[1][2])["ACCESS"] == 1
 
 
 def test_a_step_of_the_same_kind_is_not_checked_again(launched, monkeypatch):

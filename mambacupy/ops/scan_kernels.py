@@ -98,7 +98,9 @@ def _common(args, layout, tensors, delta_softplus, reverse):
     B_constants, B_numbers = _coefficient("B", args, args.B, args.groups_B, layout)
     C_constants, C_numbers = _coefficient("C", args, args.C, args.groups_C, layout)
     fresh_row = args.length if axis == 2 else args.dim
-    vector = plans.widest_access(axis, [*tensors.values()], layout.tile if axis == 2 else math.gcd(layout.block_channels, span))
+    # An item is as wide as an access is at most, however many accesses its alignment demands; none of these is cut at an end.
+    item = math.gcd(16 // args.u.itemsize, layout.tile if axis == 2 else layout.block_channels)
+    access = plans.widest_access(axis, [*tensors.values()], item if axis == 2 else math.gcd(item, span))
     constants = {
         "U_T": kernels.C_TYPES[args.u.dtype.name],
         **B_constants,
@@ -107,7 +109,8 @@ def _common(args, layout, tensors, delta_softplus, reverse):
         "ZOH": int(args.zoh),
         "REVERSE": int(reverse),
         "TIME_CONTIGUOUS": int(axis == 2),
-        "VECTOR": vector,
+        "VECTOR": item,
+        "ACCESS": access,
         **layout.constants,
     }
     numbers = {
@@ -311,9 +314,7 @@ def plan_backward(args, delta_softplus, reverse, dy, dlast_state, B, C):
     tensors = {name: x for name, x in tensors.items() if x is not None}
     common = _common(args, layout, tensors, delta_softplus, reverse)
     sliced = int(args.state > most)
-    item = min(16 // args.u.itemsize, layout.tile if common.axis == 2 else layout.block_channels)
-    more = {"DY_T": kernels.C_TYPES[dy.dtype.name], "SLICED": sliced, "VECTOR": item, "ACCESS": common.constants["VECTOR"]}
-    common = common._replace(constants=common.constants | more)
+    common = common._replace(constants=common.constants | {"DY_T": kernels.C_TYPES[dy.dtype.name], "SLICED": sliced})
     numbers = common.numbers | {"plane": args.u.size}
     numbers |= plans.strides(dlast_state, dlast_batch=0, dlast_dim=1, dlast_state_stride=2)
     slices = [
