@@ -152,28 +152,28 @@ DEVICE void store_whole(T* __restrict__ to, const Pack<T, COUNT>& pack, bool exi
     if (exists) *reinterpret_cast<Pack<T, COUNT>*>(to) = pack;
 }
 
-// COUNT elements by accesses to WIDTH of them, where those before `valid` exist; WIDTH divides that.
-template <int WIDTH, typename T, int COUNT>
+// COUNT elements by accesses to AT_ONCE of them, where those before `valid` exist; AT_ONCE divides that.
+template <int AT_ONCE, typename T, int COUNT>
 DEVICE Pack<T, COUNT> load_by(const T* __restrict__ from, int valid) {
-    if (WIDTH == COUNT) return load_whole<T, COUNT>(from, valid > 0);
+    if (AT_ONCE == COUNT) return load_whole<T, COUNT>(from, valid > 0);
     Pack<T, COUNT> pack = {};
 #pragma unroll
-    for (int j = 0; j < COUNT; j += WIDTH) {
-        const auto part = load_whole<T, WIDTH>(from + j, j < valid);
+    for (int j = 0; j < COUNT; j += AT_ONCE) {
+        const auto part = load_whole<T, AT_ONCE>(from + j, j < valid);
 #pragma unroll
-        for (int i = 0; i < WIDTH; ++i) pack.set(j + i, part.get(i));
+        for (int i = 0; i < AT_ONCE; ++i) pack.set(j + i, part.get(i));
     }
     return pack;
 }
-template <int WIDTH, typename T, int COUNT>
+template <int AT_ONCE, typename T, int COUNT>
 DEVICE void store_by(T* __restrict__ to, const Pack<T, COUNT>& pack, int valid) {
-    if (WIDTH == COUNT) return store_whole<T, COUNT>(to, pack, valid > 0);
+    if (AT_ONCE == COUNT) return store_whole<T, COUNT>(to, pack, valid > 0);
 #pragma unroll
-    for (int j = 0; j < COUNT; j += WIDTH) {
-        Pack<T, WIDTH> part = {};
+    for (int j = 0; j < COUNT; j += AT_ONCE) {
+        Pack<T, AT_ONCE> part = {};
 #pragma unroll
-        for (int i = 0; i < WIDTH; ++i) part.set(i, pack.get(j + i));
-        store_whole<T, WIDTH>(to + j, part, j < valid);
+        for (int i = 0; i < AT_ONCE; ++i) part.set(i, pack.get(j + i));
+        store_whole<T, AT_ONCE>(to + j, part, j < valid);
     }
 }
 
