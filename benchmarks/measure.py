@@ -70,8 +70,8 @@ def time_order(row, order):
 
 
 def sweeps():
-    """Milliseconds against length (batch 1, dim 1536), against batch (dim 1536, length 512), and of an odd length beside an even
-    one (batch 8, dim 2048); bfloat16, 16 states."""
+    """Milliseconds against length (batch 1, dim 1536), against batch (dim 1536, length 512), and of an odd length beside an
+    even one (batch 8, dim 2048); bfloat16, 16 states."""
     base = ROWS[0]._replace(batch=1, dim=1536)
     rows = {"length": [base._replace(length=2**n) for n in range(8, 21, 2)]}
     rows["batch"] = [base._replace(length=512, batch=4**n) for n in range(5)]
