@@ -125,7 +125,7 @@ DEVICE void sum_columns(const real (&columns)[COLUMN_STEPS][WARP_GROUPS][COLUMNS
 #pragma unroll
             for (int i = 0; i < WIDE; ++i) sum.at[i] += __shfl_xor_sync(~0u, sum.at[i], offset);
         }
-        *reinterpret_cast<Wide<WIDE>*>(&sums[step][first]) = sum;
+        if (ALL >= 32 || lane < ALL) *reinterpret_cast<Wide<WIDE>*>(&sums[step][first]) = sum;
     }
 }
 
@@ -343,7 +343,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
             }
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
-                const real x = to_real(now.u.get(j)), step = (ACCESS == VECTOR ? item.valid > 0 : j < item.valid) ? dt[j] : real(0);
+                const real x = to_real(now.u.get(j)), step = item.has(j) ? dt[j] : real(0);
                 shared.steps[item.row(j)][column<sizeof(Step)>(item.channel(j), item.first_row())] = {step, ZOH ? x : step * x};
                 shared.gates[item.row(j)][column<sizeof(real)>(item.channel(j), item.first_row())] = gy[j];
             }
@@ -554,7 +554,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
             const Item item(k, channels, last_steps);
             const Tensors now = next;
             if (k + 1 < ITEMS) next = load(k + 1, t1, last_steps);
-            auto exists = [&](int j) { return ACCESS == VECTOR ? item.valid > 0 : j < item.valid; };
             const long long at = b * p.du_batch + tile_offset(t1, c0, p.du_row) + item.offset(p.du_row);
             real by_B[VECTOR], by_A[VECTOR], out[VECTOR], skip[VECTOR];
 #pragma unroll
@@ -569,7 +568,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
             if (SLICED && p.sums_in) {
 #pragma unroll
                 for (int j = 0; j < VECTOR; ++j) {
-                    if (!exists(j)) continue;
+                    if (!item.has(j)) continue;
                     by_B[j] += p.sums_in[at + j];
                     by_A[j] += p.sums_in[p.plane + at + j];
                     out[j] += p.sums_in[2 * p.plane + at + j];
@@ -578,7 +577,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
             if (SLICED && p.sums_out) {
 #pragma unroll
                 for (int j = 0; j < VECTOR; ++j) {
-                    if (!exists(j)) continue;
+                    if (!item.has(j)) continue;
                     p.sums_out[at + j] = by_B[j];
                     p.sums_out[p.plane + at + j] = by_A[j];
                     p.sums_out[2 * p.plane + at + j] = out[j];
@@ -618,7 +617,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
                 const real x = to_real(now.u.get(j));
                 by_A[j] = (ZOH ? by_A[j] : by_A[j] + x * by_B[j]) * slope[j];                 // [5]
                 by_B[j] = skip[j] * gy[j] + (ZOH ? by_B[j] : dt[j] * by_B[j]);                // [6]
-                const Shared::Terms term = {exists(j) ? gy[j] * x : real(0), exists(j) ? by_A[j] : real(0)};
+                const Shared::Terms term = {item.has(j) ? gy[j] * x : real(0), item.has(j) ? by_A[j] : real(0)};
                 terms[j] = TIME_CONTIGUOUS ? term : terms[j] + term;
             }
             store(p.ddelta, by_A);

@@ -437,7 +437,8 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
         Inputs next(buffer, round, 0);
 #pragma unroll 1
         for (int t_round = first_row; t_round < end_row; t_round += UNROLL) {
-            const Round round_ahead((t_round + UNROLL) % TILE, lane, group);  // at the end, any
+            // At the end any that no lane writes to before all have read.
+            const Round round_ahead(t_round + UNROLL < TILE ? t_round + UNROLL : t_round, lane, group);
             real part[UNROLL][CHANNELS];
 #pragma unroll
             for (int j = 0; j < UNROLL; ++j) {

@@ -54,6 +54,7 @@ struct Item {
     }
     DEVICE bool in_tile(int k) const { return ALL_ITEMS % THREADS == 0 || worker() + k * THREADS < ALL_ITEMS; }
 
+    DEVICE bool has(int j) const { return ACCESS == VECTOR ? valid > 0 : j < valid; }         // its element j exists
     DEVICE int channel(int j) const { return TIME_CONTIGUOUS ? c : c + j; }                   // of its element j
     DEVICE int row(int j) const { int s = TIME_CONTIGUOUS ? t + j : t; return REVERSE ? TILE - 1 - s : s; }
     DEVICE int first_row() const { return TIME_CONTIGUOUS && REVERSE ? TILE - VECTOR - t : row(0); }
@@ -192,7 +193,8 @@ struct Block {
 
 // ---------------------------------------------------------------------------------------------- parts of time
 // Where a channel's own work is too little for the GPU, time is cut into `splits` parts of whole chunks, each for a block of
-// its own. A first launch (CARRIES_ONLY) finds what each part hands on when nothing enters it; combine_carries.cu chains that.
+// its own. A first launch (CARRIES_ONLY) finds what each part hands on when nothing enters it; combine_carries.cu chains that,
+// or the blocks of the forward kernel do themselves, where parts are few.
 struct Split {
     long long begin, end;                                              // steps, as they lie in memory
 

@@ -12,6 +12,9 @@ import numpy as np
 from mambacupy import arrays
 from mambacupy.arrays import BFLOAT16, COMPLEX64, COMPLEX128, FLOAT32, FLOAT64, dtype_name
 
+CHUNK = 64
+"""Steps between the states that a selective scan keeps for its backward pass."""
+
 _FLOATS = tuple(arrays.FLOAT_DTYPES.values())
 _UP_TO_32_BITS = _FLOATS[:3]
 
@@ -135,6 +138,27 @@ def selective_scan_bwd(operation, saved, dy, dlast_state):
     _check_gradient_dtype(operation, "dy", dy, "u", dtype)
     if dlast_state is not None:
         _check_state(operation, "dlast_state", dlast_state, batch, dim, A)
+
+
+def saved_states(operation, saved):
+    """Check that the states saved by a selective scan are those that it gave: kernels read them as they lie.
+
+    Raises
+    ------
+    TypeError, ValueError
+    """
+    u, A, states = saved.u, saved.A, saved.states
+    if states is None:
+        raise TypeError(f"{operation}: saved.states is None, wanted the states that selective_scan_fwd gave")
+    arrays.namespace(operation, **{"saved.u": u, "saved.states": states})
+    (batch, dim, length), state = u.shape, A.shape[1]
+    wanted = (batch, -(-length // CHUNK), dim, state)
+    if states.shape != wanted or states.dtype != A.dtype or not states.flags.c_contiguous:
+        order = "" if states.flags.c_contiguous else ", not C-contiguous"
+        raise ValueError(
+            f"{operation}: saved.states has shape {states.shape}, {dtype_name(states.dtype)}{order}, "
+            f"wanted {wanted}, {dtype_name(A.dtype)}, as selective_scan_fwd gave it"
+        )
 
 
 def _all_there(operation, hint="", /, **named):

@@ -522,3 +522,29 @@ def test_gradients_let_in(row):
         before = contents(given)
         checks.selective_scan_bwd("op", **given)
         assert contents(given) == before
+
+
+STATES = {
+    "none": (lambda states: None, TypeError, r"saved\.states is None"),
+    "no-array": (lambda states: states.tolist(), TypeError, r"saved\.states"),
+    "fewer": (lambda states: states[..., :2].copy(), ValueError, r"shape \(2, 2, 24, 2\).* wanted \(2, 2, 24, 16\)"),
+    "dtype": (lambda states: states.astype(np.float64), ValueError, "float64, wanted .* float32"),
+    "order": (np.asfortranarray, ValueError, "not C-contiguous"),
+}
+
+
+@pytest.mark.parametrize("change", STATES)
+def test_saved_states_are_those_that_were_given(change):
+    arguments, options = cases.make()
+    y, _, saved = mambacupy.selective_scan_fwd(**arguments, **options)
+    changed, error, message = STATES[change]
+    with pytest.raises(error, match=message):
+        mambacupy.selective_scan_bwd(y, saved._replace(states=changed(saved.states)))
+
+
+def test_an_error_stands_for_itself():
+    """Not for one of ours that was handled on the way to it."""
+    arguments, _ = cases.make()
+    with pytest.raises(ValueError) as caught:
+        mambacupy.selective_scan(**arguments | {"z": arguments["z"][:, :3]})
+    assert caught.value.__context__ is None

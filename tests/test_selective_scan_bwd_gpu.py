@@ -9,7 +9,7 @@ import scans
 
 from mambacupy import checks, kernels, selective_scan_bwd, selective_scan_fwd
 from mambacupy.gradients import check_gradients
-from mambacupy.ops import mapping
+from mambacupy.ops import mapping, plans
 
 pytestmark = pytest.mark.gpu
 
@@ -29,11 +29,13 @@ def test_row(cp, monkeypatch, row):
     """As on a GPU that the row fills: one with a single multiprocessor."""
     alike = kernels.device()._replace(multiprocessors=1)
     monkeypatch.setattr(kernels, "device", lambda: alike)
+    monkeypatch.setattr(plans, "_plans", {})
     check(cp, row)
 
 
 @pytest.mark.parametrize("row", cases.FEW_CHANNELS)
-def test_few_channels(cp, row):
+def test_few_channels(cp, monkeypatch, row):
+    monkeypatch.setattr(plans, "_plans", {})
     check(cp, row)
 
 

@@ -8,7 +8,7 @@ import pytest
 import scans
 
 from mambacupy import checks, kernels, reference, selective_scan, selective_scan_fwd
-from mambacupy.ops import mapping
+from mambacupy.ops import mapping, plans
 
 pytestmark = pytest.mark.gpu
 
@@ -27,11 +27,13 @@ def test_row(cp, monkeypatch, row):
     """As on a GPU that the row fills: one with a single multiprocessor."""
     alike = kernels.device()._replace(multiprocessors=1)
     monkeypatch.setattr(kernels, "device", lambda: alike)
+    monkeypatch.setattr(plans, "_plans", {})
     check(cp, row)
 
 
 @pytest.mark.parametrize("row", cases.FEW_CHANNELS)
-def test_few_channels(cp, row):
+def test_few_channels(cp, monkeypatch, row):
+    monkeypatch.setattr(plans, "_plans", {})
     check(cp, row)
 
 

@@ -32,10 +32,10 @@ def planned(make, given, tensors, options):
         key = (make, *options, *map(_kind, tensors))
         plan = _plans.get(key)
     except (AttributeError, TypeError, ValueError):  # not only CuPy arrays, or an option that is no key
-        return make(*given)
+        key = plan = None
     if plan is None:
-        plan = make(*given)
-        if plan is not None:
+        plan = make(*given)  # not while that error is handled: whatever make complains of stands for itself
+        if key is not None and plan is not None:
             _remember(key, plan)
     return plan
 

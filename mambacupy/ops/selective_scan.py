@@ -155,7 +155,7 @@ def selective_scan_bwd(dy, saved, dlast_state=None):
         checks.selective_scan_bwd("selective_scan_bwd", saved, dy, dlast_state)
     *tensors, states, delta_softplus, reverse, discretization = saved
     options = (bool(delta_softplus), bool(reverse), discretization)
-    plan = plans.planned(_plan_backward, (saved, dy, dlast_state), (*tensors, dy, dlast_state), options)
+    plan = plans.planned(_plan_backward, (saved, dy, dlast_state), (*tensors, states, dy, dlast_state), options)
     if plan is None:
         return reference.selective_scan_bwd(dy, saved, dlast_state)
     with kernels.device_of(dy):
@@ -193,6 +193,7 @@ def _plan_backward(saved, dy, dlast_state):
     """As `_plan_forward`, for the gradient."""
     operation = "selective_scan_bwd"
     checks.selective_scan_bwd(operation, saved, dy, dlast_state)
+    checks.saved_states(operation, saved)
     *tensors, _, delta_softplus, reverse, discretization = saved
     args = checks.selective_scan(operation, *tensors, discretization)
     if args.xp.__name__ == "numpy":

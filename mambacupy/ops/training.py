@@ -181,4 +181,7 @@ def _owners(xp, sizes, chunk):
     """For each block the array of which it has a chunk; for each array its first block."""
     counts = [-(-size // chunk) for size in sizes]
     firsts = np.cumsum([0, *counts[:-1]])
-    return xp.asarray(np.repeat(np.arange(len(sizes)), counts)), firsts
+    owner = xp.asarray(np.repeat(np.arange(len(sizes)), counts))
+    if xp.__name__ == "cupy":  # the plan keeps it for every stream, so it has to be there
+        xp.cuda.get_current_stream().synchronize()
+    return owner, firsts

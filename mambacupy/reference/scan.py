@@ -19,10 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mambacupy import arrays, checks
+from mambacupy.checks import CHUNK
 from mambacupy.reference.functions import phi, phi_derivative, sigmoid, softplus
-
-CHUNK = 64
-"""Steps between the states that are kept for the backward pass."""
 
 BLOCK_STATES = 4096
 """Numbers that one step of a block updates: enough to outweigh the overhead of a NumPy call."""
@@ -270,6 +268,7 @@ def selective_scan_bwd(dy, saved, dlast_state=None):
     Complex A: every factor of λ is conjugated, gy·C counts twice, and what meets a real number keeps its real part.
     """
     checks.selective_scan_bwd("selective_scan_bwd", saved, dy, dlast_state)
+    checks.saved_states("selective_scan_bwd", saved)
     u, delta, A, B, C, D, z, delta_bias, initial_state, states, delta_softplus, reverse, discretization = saved
     args = checks.selective_scan("selective_scan_bwd", u, delta, A, B, C, D, z, delta_bias, initial_state, discretization)
     scan = _Scan(args, delta_softplus, reverse)
