@@ -28,7 +28,7 @@ demo: $(VENV)/installed
 	@echo "out/smooth.npy holds the record smoothed over the time constants of examples/ice_core: one channel each."
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 emulate: $(VENV)/installed-test
 	$(BIN)/python -m pytest tests/test_emulated_kernels.py --emulate-all

@@ -33,6 +33,7 @@ constexpr int COLUMN_STEPS = SEGMENT / 2;                              // steps 
 constexpr int SUM_BUFFERS = COLUMNS <= 64 ? 2 : 1;                     // with one, all threads wait for each other twice as often
 constexpr int B_LOADS = coefficient_loads<B_VECTOR>(), C_LOADS = coefficient_loads<C_VECTOR>();
 constexpr bool COEFFICIENTS_AHEAD = B_LOADS <= 4 && C_LOADS <= 4;      // few enough to wait in registers
+constexpr bool READ_AHEAD = sizeof(real) == 4;                          // double fills the registers as it is
 constexpr int ITEM_LANES = TIME_CONTIGUOUS ? TILE / VECTOR : BLOCK_CHANNELS / VECTOR;          // whose items lie in one row in memory
 constexpr int TIME_PARTS = TIME_CONTIGUOUS ? (ITEM_LANES + 31) / 32 : THREADS / (ITEM_LANES < 32 ? 32 : ITEM_LANES);
 static_assert(TILE == CHUNK, "a tile is a chunk");
@@ -451,8 +452,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
             Inputs next_inputs = read(SEGMENT - 1);
 #pragma unroll
             for (int j = SEGMENT - 1; j >= 0; --j) {
-                const Inputs now = next_inputs;
-                if (j > 0) next_inputs = read(j - 1);
+                const Inputs now = READ_AHEAD ? next_inputs : read(j);
+                if (READ_AHEAD && j > 0) next_inputs = read(j - 1);
                 alignas(SLOTS * sizeof(state_t)) state_t dB[SLOTS] = {}, dC[SLOTS] = {};
                 Sums part[CHANNELS] = {};
 #pragma unroll

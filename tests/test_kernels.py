@@ -80,8 +80,8 @@ def test_compiles_for_every_architecture_without_spills(file, constants, request
     architectures = kernels.ARCHITECTURES
     if request.node.callspec.id.endswith("few channels"):  # three such blocks take more shared memory than others have
         architectures = ("80", "90", "100")
-    # The backward kernel takes seconds to compile: but for its base case, one architecture a row, each in its turn.
-    if "scan_bwd" in file and not request.node.callspec.id.endswith("-base") and not request.config.getoption("--compile-all"):
+    # The scan's kernels take seconds to compile: but for their base case, one architecture a row, each in its turn.
+    if "scan_" in file and not request.node.callspec.id.endswith("-base") and not request.config.getoption("--compile-all"):
         architectures = (architectures[sum(file.encode() + repr(constants).encode()) % len(architectures)],)
     for architecture in architectures:
         _, log = kernels.compile_for(architecture, source)
