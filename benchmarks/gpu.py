@@ -77,6 +77,7 @@ def main():
 
     def save():
         if path:
+            path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps(record, indent=1) + "\n")
             print(f"wrote {path}", flush=True)
 
