@@ -79,7 +79,7 @@ def sweeps():
     found = {}
     for name, varied in rows.items():
         times = [dict(time_order(row, "length")) for row in varied]
-        found[name] = {str(getattr(row, name)): ms for row, ms in zip(varied, times, strict=True)}
+        found[name] = {str(getattr(row, name.split()[-1])): ms for row, ms in zip(varied, times, strict=True)}
     return found
 
 
