@@ -191,10 +191,9 @@ DEVICE int recomputed(int x) {
     return x;
 }
 
-// Barriers of a block with numbers from 1 to 15, for `threads` threads in whole warps: some only say that they have come, with
-// all they wrote before, the others wait until all have. Emulators bring their own.
+// Wait at a barrier of the block, with a number from 1 to 15, until `threads` threads in whole warps are there: those of one team,
+// or of two that wait at different places of the program. Emulators bring their own.
 #ifdef __CUDA_ARCH__
-DEVICE void arrive_at(int barrier, int threads) { asm volatile("bar.arrive %0, %1;" : : "r"(barrier), "r"(threads) : "memory"); }
 DEVICE void wait_at(int barrier, int threads) { asm volatile("bar.sync %0, %1;" : : "r"(barrier), "r"(threads) : "memory"); }
 #endif
 

@@ -8,17 +8,16 @@
 // block share every B and C they read.
 //
 // A block walks all of time in tiles of TILE steps (layout: tile.cuh). One half of its warps does what is done element by
-// element, the other half the recurrence, so that each hides the latencies of the other. A tile passes between them in one of
-// BUFFERS buffers, and neither team waits for the other before it has no buffer left to work on:
+// element, the other half the recurrence, a tile apart, so that each hides the latencies of the other:
 //   elements      prepare: make (Δ, Δ·u), B and C of a tile in shared memory, and start the loads of the next;
 //   recurrence    advance the states through the tile, and leave parts of Σ_n C·h where (Δ, Δ·u) stood;
-//   elements      finish: sum the parts in fixed order, add D·u, gate, store. The buffer is theirs again.
+//   elements      finish: sum the parts in fixed order, add D·u, gate, store.
 //
 // Few channels and long sequences: time is cut into parts, and a first launch with CARRIES_ONLY runs the recurrence alone
 // (tile.cuh). Where parts are few, each then finds by itself what enters it, from what all before it hand on (CHAINS); where they
 // are many, combine_carries.cu has found it.
 //
-// Compile-time, besides tile.cuh's: CARRIES_ONLY CHAINS ZOH BUFFERS SHARED_BYTES BLOCKS_PER_SM. All are set by mambacupy/ops/,
+// Compile-time, besides tile.cuh's: CARRIES_ONLY CHAINS ZOH SHARED_BYTES BLOCKS_PER_SM. All are set by mambacupy/ops/,
 // with the reasons.
 #define COEFFICIENT_PADDING 16
 #include "tile.cuh"
@@ -57,7 +56,7 @@ struct Buffer {                                                        // of one
     alignas(16) state_t C[C_STAGED ? TILE * COEFFICIENT_PITCH : 1];
 };
 struct Shared {
-    Buffer buffers[BUFFERS];
+    Buffer buffers[2];
     real skip[BLOCK_CHANNELS], bias[BLOCK_CHANNELS];                   // D and delta_bias
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "SHARED_BYTES is computed in ops/mapping.py");
@@ -528,35 +527,32 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
         if (lane == 0 && k * GROUPS + group < channels)
             p.totals[batch_split * p.dim + c0 + k * GROUPS + group] = memory.total[k];
 #else
-    // The first BUFFERS barriers say of a buffer that it is prepared, the next that its tile is done.
-    int buffer = 0, done = 0;
+    // While the recurrence is at a tile, the other team finishes the one before and prepares the one after it, in the other buffer.
+    // Each team has a loop of its own, so that registers hold what it needs and no more.
+    const auto meet = [] { wait_at(1, 2 * THREADS); };
     if (does_elements) {
         if (tiles > 0) load(steps_of(0));
         keep_constants();
-        wait_at(1 + 2 * BUFFERS, THREADS);
-        for (int tile = 0; tile < tiles + BUFFERS - 1; ++tile) {
-            const int last = tile - (BUFFERS - 1);               // the tile that is finished now
-            if (last >= 0) load_to_finish(steps_of(last));
-            if (tile < tiles) {
-                prepare(steps_of(tile), shared.buffers[buffer]);
-                arrive_at(1 + buffer, 2 * THREADS);
-                buffer = buffer + 1 < BUFFERS ? buffer + 1 : 0;
-                if (tile + 1 < tiles) load(steps_of(tile + 1));
-            }
-            if (last >= 0) {
-                wait_at(1 + BUFFERS + done, 2 * THREADS);
-                finish(steps_of(last), shared.buffers[done]);
-                done = done + 1 < BUFFERS ? done + 1 : 0;
-            }
+        wait_at(2, THREADS);
+        if (tiles > 0) prepare(steps_of(0), shared.buffers[0]);
+        if (tiles > 1) load(steps_of(1));
+        for (int tile = 0; tile < tiles; ++tile) {
+            Buffer& other = shared.buffers[(tile + 1) & 1];
+            meet();
+            if (tile > 0) finish(steps_of(tile - 1), other);
+            if (tile + 1 < tiles) prepare(steps_of(tile + 1), other);
+            if (tile + 2 < tiles) load(steps_of(tile + 2));
+            load_to_finish(steps_of(tile));
         }
+        meet();
+        if (tiles > 0) finish(steps_of(tiles - 1), shared.buffers[(tiles - 1) & 1]);
         return;
     }
     for (int tile = 0; tile < tiles; ++tile) {
-        wait_at(1 + buffer, 2 * THREADS);
-        advance(t_first + (long long)tile * ahead, steps_of(tile), shared.buffers[buffer]);
-        arrive_at(1 + BUFFERS + buffer, 2 * THREADS);
-        buffer = buffer + 1 < BUFFERS ? buffer + 1 : 0;
+        meet();
+        advance(t_first + (long long)tile * ahead, steps_of(tile), shared.buffers[tile & 1]);
     }
+    meet();
     if (block.split == p.splits - 1) write_states(p.last_state + b * p.dim * p.state_total);
 #endif
 }

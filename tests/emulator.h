@@ -59,12 +59,6 @@ static void wait(Barrier& barrier, int expected) {
 }
 static void __syncthreads() { wait(block_barrier, threads); }
 static Barrier numbered[16];
-static void arrive_at(int barrier, int expected) {
-    if (++numbered[barrier].arrived == expected) {
-        numbered[barrier].arrived = 0;
-        ++numbered[barrier].generation;
-    }
-}
 static void wait_at(int barrier, int expected) { wait(numbered[barrier], expected); }
 static bool all_so_far = true, all_of_last;
 static bool __syncthreads_and(bool predicate) {

@@ -37,7 +37,6 @@ class Mapping(NamedTuple):
     tile: int
     threads: int  # of a team
     teams: int  # of a block: the forward kernel has one for elements and one for the recurrence
-    buffers: int  # tiles in shared memory at a time, in the forward kernel
     blocks_per_sm: int  # that the compiler leaves registers for
     splits: int
     shared_bytes: int  # dynamic shared memory
@@ -45,7 +44,7 @@ class Mapping(NamedTuple):
     @property
     def constants(self):
         """As the kernels name them."""
-        names = ("lanes", "slots", "channels", "tile", "threads", "buffers", "blocks_per_sm", "shared_bytes")
+        names = ("lanes", "slots", "channels", "tile", "threads", "blocks_per_sm", "shared_bytes")
         return {name.upper(): getattr(self, name) for name in names}
 
     @property
@@ -126,12 +125,12 @@ def forward(args, state, device):
         if lone <= 160:  # twice the warps, of 96 registers a thread: four schedulers share them more evenly
             lanes, slots, threads = 2 * lanes, slots // 2, 2 * lone
     block_channels = threads // lanes * channels
-    for tile, buffers in ((32, 3), (32, 2), (16, 3), (16, 2), (8, 2), (4, 2), (2, 2), (1, 2)):
-        shared_bytes = _forward_shared_bytes(args, lanes, slots, tile, block_channels, buffers)
+    for tile in (32, 16, 8, 4, 2, 1):
+        shared_bytes = _forward_shared_bytes(args, lanes, slots, tile, block_channels)
         in_registers = tile * block_channels // threads * args.u.itemsize  # bytes of each tensor that a thread holds
         if in_registers <= 64 and shared_bytes <= room:
             break
-    return Mapping(lanes, slots, channels, tile, threads, 2, buffers, blocks_per_sm, splits, shared_bytes)
+    return Mapping(lanes, slots, channels, tile, threads, 2, blocks_per_sm, splits, shared_bytes)
 
 
 def _lone_block(args, splits, lanes, device):
@@ -141,13 +140,13 @@ def _lone_block(args, splits, lanes, device):
     return next(fitting, math.inf)
 
 
-def _forward_shared_bytes(args, lanes, slots, tile, block_channels, buffers):
+def _forward_shared_bytes(args, lanes, slots, tile, block_channels):
     """An upper bound of sizeof(Shared) in selective_scan_fwd.cu, which checks it."""
     real_bytes, state_bytes = _bytes(args)
     varying = (args.groups_B > 0) + (args.groups_C > 0)
     pairs = 1 if lanes < 4 else 2  # of numbers, of an element
     coefficients = varying * (lanes * slots * state_bytes + 16)  # of a step
-    return buffers * tile * (2 * pairs * block_channels * real_bytes + coefficients) + 2 * block_channels * real_bytes + 1024
+    return 2 * tile * (2 * pairs * block_channels * real_bytes + coefficients) + 2 * block_channels * real_bytes + 1024
 
 
 def backward(args, state, device):
@@ -189,7 +188,7 @@ def _backward_of(args, state, slots, blocks_per_sm, device):
     wanted = blocks_per_sm * device.multiprocessors // (args.batch * -(-args.dim // (threads // lanes * channels)))
     splits = _parts_of_time(args, wanted, 1) if wanted >= 2 and args.length > 4 * CHUNK else 1
     shared_bytes = _backward_shared_bytes(args, lanes, slots, channels, threads)
-    return Mapping(lanes, slots, channels, CHUNK, threads, 1, 1, blocks_per_sm * 128 // threads, splits, shared_bytes)
+    return Mapping(lanes, slots, channels, CHUNK, threads, 1, blocks_per_sm * 128 // threads, splits, shared_bytes)
 
 
 def _backward_shared_bytes(args, lanes, slots, channels, threads):
