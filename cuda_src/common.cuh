@@ -191,10 +191,11 @@ DEVICE int recomputed(int x) {
     return x;
 }
 
-// Wait at a barrier of the block, with a number from 1 to 15, until `threads` threads in whole warps are there: those of one team,
-// or of two that wait at different places of the program. Emulators bring their own.
+// __syncthreads() for warps that wait at different places of the program, but all of the block's as often.
 #ifdef __CUDA_ARCH__
-DEVICE void wait_at(int barrier, int threads) { asm volatile("bar.sync %0, %1;" : : "r"(barrier), "r"(threads) : "memory"); }
+DEVICE void all_meet() { asm volatile("bar.sync 0;" : : : "memory"); }
+#else
+DEVICE void all_meet() { __syncthreads(); }
 #endif
 
 // Ask for a line of memory that will be read soon.

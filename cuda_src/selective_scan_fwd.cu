@@ -529,30 +529,30 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
 #else
     // While the recurrence is at a tile, the other team finishes the one before and prepares the one after it, in the other buffer.
     // Each team has a loop of its own, so that registers hold what it needs and no more.
-    const auto meet = [] { wait_at(1, 2 * THREADS); };
     if (does_elements) {
         if (tiles > 0) load(steps_of(0));
         keep_constants();
-        wait_at(2, THREADS);
+        all_meet();
         if (tiles > 0) prepare(steps_of(0), shared.buffers[0]);
         if (tiles > 1) load(steps_of(1));
         for (int tile = 0; tile < tiles; ++tile) {
             Buffer& other = shared.buffers[(tile + 1) & 1];
-            meet();
+            all_meet();
             if (tile > 0) finish(steps_of(tile - 1), other);
             if (tile + 1 < tiles) prepare(steps_of(tile + 1), other);
             if (tile + 2 < tiles) load(steps_of(tile + 2));
             load_to_finish(steps_of(tile));
         }
-        meet();
+        all_meet();
         if (tiles > 0) finish(steps_of(tiles - 1), shared.buffers[(tiles - 1) & 1]);
         return;
     }
+    all_meet();
     for (int tile = 0; tile < tiles; ++tile) {
-        meet();
+        all_meet();
         advance(t_first + (long long)tile * ahead, steps_of(tile), shared.buffers[tile & 1]);
     }
-    meet();
+    all_meet();
     if (block.split == p.splits - 1) write_states(p.last_state + b * p.dim * p.state_total);
 #endif
 }

@@ -58,8 +58,6 @@ static void wait(Barrier& barrier, int expected) {
     while (barrier.generation == generation) swapcontext(&fibers[current], &scheduler);
 }
 static void __syncthreads() { wait(block_barrier, threads); }
-static Barrier numbered[16];
-static void wait_at(int barrier, int expected) { wait(numbered[barrier], expected); }
 static bool all_so_far = true, all_of_last;
 static bool __syncthreads_and(bool predicate) {
     all_so_far = all_so_far && predicate;
