@@ -6,6 +6,8 @@ after "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (Gu & D
 `mambacupy.reference`; CuPy arrays run cuda_src/selective_scan_fwd.cu and cuda_src/selective_scan_bwd.cu.
 """
 
+import numpy as np
+
 from mambacupy import checks, kernels, reference
 from mambacupy.ops import plans, scan_kernels
 from mambacupy.reference import SelectiveScanGrads, SelectiveScanSaved
@@ -153,6 +155,8 @@ def selective_scan_bwd(dy, saved, dlast_state=None):
     """
     if type(saved) is not SelectiveScanSaved:
         checks.selective_scan_bwd("selective_scan_bwd", saved, dy, dlast_state)
+    if type(dy) is np.ndarray:  # which passes the gate there, as all that comes with it
+        return reference.selective_scan_bwd(dy, saved, dlast_state)
     *tensors, states, delta_softplus, reverse, discretization = saved
     options = (bool(delta_softplus), bool(reverse), discretization)
     plan = plans.planned(_plan_backward, (saved, dy, dlast_state), (*tensors, states, dy, dlast_state), options)
@@ -165,8 +169,10 @@ def selective_scan_bwd(dy, saved, dlast_state=None):
 def _scan(operation, tensors, delta_softplus, reverse, discretization, save):
     """y, last_state, and what `SelectiveScanSaved` holds or, without `save`, None."""
     options = (bool(delta_softplus), bool(reverse), discretization)
-    plan = plans.planned(_plan_forward, (operation, tensors, *options, save), tensors, (*options, save))
-    if plan is None:
+    plan = None
+    if type(tensors[0]) is not np.ndarray:
+        plan = plans.planned(_plan_forward, (operation, tensors, *options, save), tensors, (*options, save))
+    if plan is None:  # the host's, which passes the gate there
         *arguments, initial_state = tensors
         options = {"delta_softplus": delta_softplus, "initial_state": initial_state, "reverse": reverse}
         options["discretization"] = discretization
