@@ -46,7 +46,7 @@ STANDSTILL = -1e4
 
 
 class State(NamedTuple):
-    """What a mixer carries from one token to the next. Plain arrays: `numpy.savez` keeps them.
+    """What a mixer carries from one token to the next. Plain arrays: `mambacupy.optim.save` keeps them.
 
     conv (batch, d_inner, d_conv - 1), the last inputs of the convolution, in the dtype that the layer computes in;
     ssm (batch, d_inner, d_state), float32 at least.

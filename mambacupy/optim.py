@@ -148,7 +148,7 @@ def save(path, tree, **facts):
     path : path
         An `.npz` file; one that exists is replaced once the new one is complete.
     tree : nest
-        For example `{"params": params, "optimizer": state}`. NamedTuples come back as tuples of their fields.
+        For example `{"params": params, "optimizer": state}`. Tuples come back as lists, of their fields if they are named.
     **facts
         What JSON can hold: a step, the state of a random generator (`rng.bit_generator.state`).
     """
@@ -178,7 +178,10 @@ def load(path):
 def _flatten(tree, place, found):
     """What JSON says of a nest; its arrays go into `found` under their places."""
     if isinstance(tree, dict):
-        return {"dict": {key: _flatten(value, f"{place}/{key}", found) for key, value in tree.items()}}
+        for key in tree:
+            if not isinstance(key, str):
+                raise TypeError(f"optim.save: a dict has the key {key!r}, wanted strings, which is what comes back")
+        return {"dict": {key: _flatten(value, f"{place}/{_escaped(key)}", found) for key, value in tree.items()}}
     if isinstance(tree, (list, tuple)):
         return {"list": [_flatten(value, f"{place}/{i}", found) for i, value in enumerate(tree)]}
     if not hasattr(tree, "dtype"):
@@ -186,6 +189,11 @@ def _flatten(tree, place, found):
     x = np.ascontiguousarray(tree.get() if hasattr(tree, "get") else tree)
     found[place] = x.view(np.uint16) if x.dtype == arrays.BFLOAT16 else x
     return {"array": place, "dtype": arrays.dtype_name(x.dtype), "shape": list(tree.shape)}
+
+
+def _escaped(key):
+    """A dict's key as a part of a place, which "/" divides."""
+    return key.replace("~", "~0").replace("/", "~1")  # as JSON pointers do
 
 
 def _nested(structure, found):

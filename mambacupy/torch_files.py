@@ -259,7 +259,8 @@ def _run(pickled, tensor):
                 stack.append(_named(argument))
             elif name == "STACK_GLOBAL":
                 attribute, module = stack.pop(), stack.pop()
-                stack.append(_named(f"{module} {attribute}" if isinstance(module, str) and isinstance(attribute, str) else "?"))
+                is_named = isinstance(module, str) and isinstance(attribute, str) and len(module) + len(attribute) < 100
+                stack.append(_named(f"{module} {attribute}" if is_named else "?"))  # never a copy of a long text
             elif name == "BINPERSID":
                 stack.append(_persistent(stack.pop()))
             elif name == "REDUCE":

@@ -195,3 +195,16 @@ def test_on_a_gpu(dtype):
         assert got[place].tobytes() == again[place].tobytes()
         error = cases.relative_error(got[place].view(of_dtype), x.view(of_dtype))
         assert error <= 3 * max(dense.STORED[np.dtype(of_dtype).name], dense.STORED[dtype]), place  # of clipped gradients
+
+
+def test_keys_with_slashes_are_kept_apart(tmp_path):
+    tree = {"a/b": np.array([1.0]), "a": {"b": np.array([2.0]), "~1": np.array([3.0])}, "a~1": np.array([4.0])}
+    optim.save(tmp_path / "x.npz", tree)
+    read, _ = optim.load(tmp_path / "x.npz")
+    assert read == tree
+
+
+def test_keys_are_strings(tmp_path):
+    with pytest.raises(TypeError, match="key 1, wanted strings"):
+        optim.save(tmp_path / "x.npz", {1: np.zeros(1)})
+    assert not list(tmp_path.iterdir())

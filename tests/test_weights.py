@@ -677,6 +677,11 @@ MALICIOUS = {
     "as a dict's value": (b"\x80\x02}X\x01\x00\x00\x00wcos\nsystem\nX\x05\x00\x00\x00touch\x85Rs.", "asks for 'os system'"),
     "imports a module": (b"\x80\x02cantigravity\nx\n.", "asks for 'antigravity x'"),
     "a module named like torch": (b"\x80\x02ctorch.evil\nFloatStorage\n.", "asks for"),
+    "a long name again and again": (
+        b"\x80\x04\x8c\x05torch\x94X" + (100_007).to_bytes(4, "little") + b"a" * 100_000 + b"Storage\x94"
+        + b"h\x00h\x01\x93" * 9 + b".",
+        "asks for",
+    ),
     "a storage with dots": (b"\x80\x02ctorch\nos.systemStorage\n.", "asks for"),
     "stacked global": (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", "asks for 'os system'"),
     "stacked global of no text": (b"\x80\x04)]\x93.", "asks for"),

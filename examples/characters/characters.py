@@ -107,8 +107,11 @@ def write(model, params, xp, start, count, temperature=0.7, seed=0):
 
 
 def draw(history, task, picture):
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError:
+        print('no picture: it takes matplotlib, which `pip install "mambacupy[plot]"` brings')
+        return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -86,8 +86,11 @@ def accuracy(model, params, task, xp, length, seed=1):
 
 
 def draw(losses, results, task, picture):
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError:
+        print('no picture: it takes matplotlib, which `pip install "mambacupy[plot]"` brings')
+        return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -165,7 +165,7 @@ def backward(args, state, device):
     if slots == 1 or mapping.lanes == 32 or mapping.channels == 1 or _bytes(args)[0] == 8 or args.zoh:
         return mapping
     wider, most = _backward_of(args, state, slots // 2, 3, device), 3 * device.multiprocessors
-    if wider.channels == 1 or _blocks(args, wider) > most:
+    if (wider.channels, wider.threads) != (2, 128) or _blocks(args, wider) > most:
         return mapping
     is_full = _blocks(args, mapping) > 0.9 * 2 * device.multiprocessors
     return wider if not is_full or (mapping.splits > 1 and wider.splits == 1) else mapping
