@@ -156,9 +156,9 @@ def backward(args, state, device):
     many where float64, zero-order hold, or sums over channels beside sums over time need more for each. The size of a block
     follows from shared memory, of which two blocks are to fit on a multiprocessor.
 
-    Blocks that do not fill the GPU leave its schedulers waiting. Half as many states in each of twice as many lanes make half
-    of the work wait less: so where the GPU holds all such blocks at once, and time need not be cut for more than half of them.
-    Cutting time into parts fills it as well, but costs what finding their carries does.
+    Where such blocks leave the GPU partly idle, states are spread over twice as many lanes, in blocks of which three fit on a
+    multiprocessor: if all of these run at once, and either the GPU would not be full even with time cut into parts, or these
+    blocks fill half of it without parts, whose carries cost a launch of their own.
     """
     slots = min(_slots_backward(args), max(power_of_two(state) // 2, 1))  # two lanes at least can share two channels
     mapping = _backward_of(args, state, slots, 2, device)
