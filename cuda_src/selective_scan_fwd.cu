@@ -17,8 +17,8 @@
 // (tile.cuh). Where parts are few, each then finds by itself what enters it, from what all before it hand on (CHAINS); where they
 // are many, combine_carries.cu has found it.
 //
-// Compile-time, besides tile.cuh's: CARRIES_ONLY CHAINS ZOH SHARED_BYTES BLOCKS_PER_SM. All are set by mambacupy/ops/,
-// with the reasons.
+// Compile-time, besides tile.cuh's: CARRIES_ONLY CHAINS ZOH SOFTPLUS GATED (is there a z?) SHARED_BYTES BLOCKS_PER_SM. All are set
+// by mambacupy/ops/, with the reasons.
 #define COEFFICIENT_PADDING 16
 #include "tile.cuh"
 
@@ -47,7 +47,7 @@ struct Params {
     long long u_batch, u_row, delta_batch, delta_row, z_batch, z_row, y_batch, y_row;         // row: stride of the slow axis
     long long A_dim, A_state, D_dim, bias_dim, init_batch, init_dim, init_state;
     long long B_batch, B_group, B_state, B_time, B_imag, C_batch, C_group, C_state, C_time, C_imag;
-    long long delta_softplus, first_block;
+    long long first_block;
 };
 
 struct Buffer {                                                        // of one tile
@@ -234,7 +234,7 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
     };
 
     // ------------------------------------------------------------------------------------------ the way
-    const bool gathers = CARRIES_ONLY && __syncthreads_and(p.delta_softplus && !memory.grows());
+    const bool gathers = CARRIES_ONLY && __syncthreads_and(SOFTPLUS && !memory.grows());
     const bool from_end = REVERSE != gathers;
     const int ahead = from_end ? -TILE : TILE;
     const int tiles = (int)((time.end - time.begin + TILE - 1) / TILE);
@@ -330,7 +330,7 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
 
     auto load_to_finish = [&](int tile_steps) {
         if (p.D) load_items(u_done, u_to_finish, p.u_row, tile_steps);
-        if (p.z) load_items(z_done, z_to_finish, p.z_row, tile_steps);
+        if (GATED) load_items(z_done, z_to_finish, p.z_row, tile_steps);
         advanced(u_to_finish, p.u_row);
         advanced(z_to_finish, p.z_row);
     };
@@ -356,7 +356,7 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
             real dt[VECTOR];
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) dt[j] = to_real(delta_next[k].get(j)) + shared.bias[item.channel(j) % BLOCK_CHANNELS];
-            if (p.delta_softplus) {
+            if (SOFTPLUS) {
 #pragma unroll
                 for (int j = 0; j < VECTOR; ++j) dt[j] = softplus(dt[j]);
             }
@@ -403,7 +403,7 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
 #pragma unroll
                 for (int j = 0; j < VECTOR; ++j) sum[j] += shared.skip[item.channel(j)] * to_real(u_done[k].get(j));
             }
-            if (p.z) {
+            if (GATED) {
 #pragma unroll
                 for (int j = 0; j < VECTOR; ++j) {
                     real gate = to_real(z_done[k].get(j));

@@ -108,6 +108,8 @@ def _common(args, layout, tensors, delta_softplus, reverse):
         "COMPLEX": int(args.complex),
         "ZOH": int(args.zoh),
         "REVERSE": int(reverse),
+        "SOFTPLUS": int(delta_softplus),
+        "GATED": int(args.z is not None),
         "TIME_CONTIGUOUS": int(axis == 2),
         "VECTOR": item,
         "ACCESS": access,
