@@ -17,8 +17,8 @@
 // (tile.cuh). Where parts are few, each then finds by itself what enters it, from what all before it hand on (CHAINS); where they
 // are many, combine_carries.cu has found it.
 //
-// Compile-time, besides tile.cuh's: CARRIES_ONLY CHAINS ZOH SOFTPLUS GATED (is there a z?) SHARED_BYTES BLOCKS_PER_SM. All are set
-// by mambacupy/ops/, with the reasons.
+// Compile-time, besides tile.cuh's: CARRIES_ONLY CHAINS ZOH SOFTPLUS GATED (is there a z?) SLICED (the states are, over launches)
+// SHARED_BYTES BLOCKS_PER_SM. All are set by mambacupy/ops/, with the reasons.
 #define COEFFICIENT_PADDING 16
 #include "tile.cuh"
 
@@ -285,7 +285,7 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
 
     // Items that are on their way: of the tile to be prepared next, and of the one to be finished next. u is read for both,
     // because two tiles of it would fill too many registers meanwhile.
-    Pack<element, VECTOR> u_next[ITEMS], delta_next[ITEMS], u_done[ITEMS], z_done[ITEMS];
+    Pack<element, VECTOR> u_next[ITEMS], delta_next[ITEMS], u_done[ITEMS] = {}, z_done[ITEMS];              // u_done: 0 without D
     Pack<B_T, B_VECTOR * REALS> B_next[COEFFICIENTS_AHEAD ? B_LOADS : 1];
     Pack<C_T, C_VECTOR * REALS> C_next[COEFFICIENTS_AHEAD ? C_LOADS : 1];
     const Kept<B_TIME_FAST, B_VECTOR, B_LOADS> B_items(0, B);
@@ -356,10 +356,7 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
             real dt[VECTOR];
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) dt[j] = to_real(delta_next[k].get(j)) + shared.bias[item.channel(j) % BLOCK_CHANNELS];
-            if (SOFTPLUS) {
-#pragma unroll
-                for (int j = 0; j < VECTOR; ++j) dt[j] = softplus(dt[j]);
-            }
+            if (SOFTPLUS) softplus_each<element>(dt);
             if (!is_whole(tile_steps) && item.valid < VECTOR) {        // after softplus: a step of 0 leaves h as it is
 #pragma unroll
                 for (int j = 0; j < VECTOR; ++j) if (j >= item.valid) dt[j] = 0;
@@ -390,19 +387,17 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
                 }
                 if (COMPLEX) sum[j] *= real(2);
             }
-            if (p.parts_in) {                                          // parts lie as y does
+            if (SLICED && p.parts_in) {                                // parts lie as y does
 #pragma unroll
                 for (int j = 0; j < VECTOR; ++j) if (j < item.valid) sum[j] += p.parts_in[y - p.y + j];
             }
-            if (p.parts_out) {
+            if (SLICED && p.parts_out) {
 #pragma unroll
                 for (int j = 0; j < VECTOR; ++j) if (j < item.valid) p.parts_out[y - p.y + j] = sum[j];
                 continue;
             }
-            if (p.D) {
 #pragma unroll
-                for (int j = 0; j < VECTOR; ++j) sum[j] += shared.skip[item.channel(j)] * to_real(u_done[k].get(j));
-            }
+            for (int j = 0; j < VECTOR; ++j) sum[j] += shared.skip[item.channel(j)] * to_real(u_done[k].get(j));
             if (GATED) {
 #pragma unroll
                 for (int j = 0; j < VECTOR; ++j) {

@@ -242,6 +242,7 @@ def plan_forward(args, delta_softplus, reverse, save):
     layout = mapping.forward(args, min(args.state, most), kernels.device())
     tensors = {name: x for name, x in (("u", args.u), ("delta", args.delta), ("z", args.z)) if x is not None}
     common = _common(args, layout, tensors, delta_softplus, reverse)
+    common = common._replace(constants=common.constants | {"SLICED": int(args.state > most)})
     numbers = common.numbers | plans.strides(args.initial_state, init_batch=0, init_dim=1, init_state=2)
     slices = [
         (here, _launches(args, layout, "selective_scan_fwd", common, numbers | {"state": count}, args.initial_state, 0))
