@@ -177,6 +177,29 @@ DEVICE void store_by(T* __restrict__ to, const Pack<T, COUNT>& pack, int valid) 
     }
 }
 
+// Two neighbours in memory, `low` before `high`: the last `count` elements of low, and the first of high up to a whole pack. So
+// whoever reads and writes aligned packs alone gets at what lies across two of them.
+template <typename T, int COUNT>
+DEVICE Pack<T, COUNT> joined(const Pack<T, COUNT>& low, const Pack<T, COUNT>& high, int count) {
+    constexpr int WORDS = sizeof(low) / 4;
+    const unsigned bytes = count * sizeof(T);
+    unsigned w[2 * WORDS];
+#pragma unroll
+    for (int j = 0; j < WORDS; ++j) w[j] = low.bits.word[j], w[WORDS + j] = high.bits.word[j];
+#pragma unroll
+    for (int step = WORDS / 2; step > 0; step /= 2) {                  // later words first: each takes the place of one after it
+#pragma unroll
+        for (int j = 2 * WORDS - 1; j > WORDS - step - (sizeof(T) == 2); --j) w[j] = bytes & 4 * step ? w[j - step] : w[j];
+    }
+    Pack<T, COUNT> pack;
+#pragma unroll
+    for (int j = 0; j < WORDS; ++j) {
+        const unsigned last = w[WORDS + j], before = w[WORDS + j - 1];
+        pack.bits.word[j] = sizeof(T) == 2 && bytes & 2 ? last << 16 | before >> 16 : last;
+    }
+    return pack;
+}
+
 // x itself, of which the compiler knows nothing: what follows from it is computed where it is used, not kept in registers.
 DEVICE long long recomputed(long long x) {
 #ifdef __CUDA_ARCH__

@@ -79,6 +79,11 @@ DEVICE int first_pair(const Item& item) {
 DEVICE int next_pair(int first, int j) { return TIME_CONTIGUOUS ? first + (REVERSE ? -j : j) * BLOCK_CHANNELS : first ^ j; }
 constexpr int ITEM_ROWS = THREADS / ((TIME_CONTIGUOUS ? TILE : BLOCK_CHANNELS) / VECTOR);     // between two items of a thread
 static_assert(ITEM_ROWS > 0, "items of a thread lie below each other");
+// Rows that do not begin at a multiple of an item: read and written by aligned packs all the same, each of which holds the end of
+// one item and the beginning of the next.
+constexpr int ROW_ITEMS = TILE / VECTOR;
+constexpr bool STRADDLES = TIME_CONTIGUOUS && 4 * ACCESS <= VECTOR && sizeof(Pack<element, VECTOR>) == 16 && ROW_ITEMS <= 32 &&
+                           (ALL_ITEMS % THREADS == 0 || ALL_ITEMS % 32 == 0);
 constexpr bool PART_OF_A_LINE = TIME_CONTIGUOUS && TILE * sizeof(element) < 128;              // is a row of a tile in memory
 
 // The accesses of a thread to B or C: found once where there are few, so that the compiler does not find them anew in every tile.
@@ -297,9 +302,22 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
         return load_coefficient(C_items.item(k), C.base + C_items.offset(k, C), C.imag, tile_steps, (int)p.state);
     };
 
-    // Items of a tensor in a tile; all of them exist in most tiles.
-    auto load_items = [&](Pack<element, VECTOR> (&items)[ITEMS], const element* from, long long row, int tile_steps) {
-        if (is_whole(tile_steps)) {
+    // Whether the tiles on both sides of one exist in this part of time, and so much of them that aligned packs may reach into them.
+    auto is_inner = [&](int tile) { return tile > 0 && tile + 1 < tiles && steps_of(from_end ? tile - 1 : tile + 1) >= VECTOR; };
+    // Elements of the item at `x` that lie before the multiple of 16 bytes in it, or at its end.
+    auto in_pack_before = [&](const element* x) { return (int)(0 - (size_t)x / sizeof(element)) & (VECTOR - 1); };
+
+    // Items of a tensor in a tile; all of them exist in most tiles. Of those that lie across two packs the later is on its way a tile
+    // ahead. The earlier was read for the item before: `complete` reads it again when it is needed.
+    auto load_items = [&](Pack<element, VECTOR> (&items)[ITEMS], const element* from, long long row, int tile) {
+        const int tile_steps = steps_of(tile);
+        if (STRADDLES && is_inner(tile)) {
+#pragma unroll
+            for (int k = 0; k < ITEMS; ++k) {
+                const element* const at = from + k * ITEM_ROWS * row;
+                items[k] = load_whole<element, VECTOR>(at + in_pack_before(at), item_of(k, TILE).valid > 0);
+            }
+        } else if (!STRADDLES && is_whole(tile_steps)) {
 #pragma unroll
             for (int k = 0; k < ITEMS; ++k) {
                 const element* const at = from + k * ITEM_ROWS * row;
@@ -313,9 +331,24 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
         }
     };
 
-    auto load = [&](int tile_steps) {
-        load_items(u_next, u_to_load, p.u_row, tile_steps);
-        load_items(delta_next, delta_to_load, p.delta_row, tile_steps);
+    auto complete = [&](Pack<element, VECTOR> (&items)[ITEMS], const element* next, long long row, int tile) {
+        if (!STRADDLES || !is_inner(tile)) return;
+        Pack<element, VECTOR> earlier[ITEMS];
+#pragma unroll
+        for (int k = 0; k < ITEMS; ++k) {
+            const element* const at = next - ahead + k * ITEM_ROWS * row;
+            const int count = in_pack_before(at);
+            earlier[k] = load_whole<element, VECTOR>(at + count - VECTOR, count > 0 && item_of(k, TILE).valid > 0);
+        }
+#pragma unroll
+        for (int k = 0; k < ITEMS; ++k)
+            items[k] = joined(earlier[k], items[k], in_pack_before(next - ahead + k * ITEM_ROWS * row));
+    };
+
+    auto load = [&](int tile) {
+        const int tile_steps = steps_of(tile);
+        load_items(u_next, u_to_load, p.u_row, tile);
+        load_items(delta_next, delta_to_load, p.delta_row, tile);
         advanced(u_to_load, p.u_row);
         advanced(delta_to_load, p.delta_row);
 #pragma unroll
@@ -328,14 +361,17 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
         }
     };
 
-    auto load_to_finish = [&](int tile_steps) {
-        if (p.D) load_items(u_done, u_to_finish, p.u_row, tile_steps);
-        if (GATED) load_items(z_done, z_to_finish, p.z_row, tile_steps);
+    auto load_to_finish = [&](int tile) {
+        if (p.D) load_items(u_done, u_to_finish, p.u_row, tile);
+        if (GATED) load_items(z_done, z_to_finish, p.z_row, tile);
         advanced(u_to_finish, p.u_row);
         advanced(z_to_finish, p.z_row);
     };
 
-    auto prepare = [&](int tile_steps, Buffer& buffer) {
+    auto prepare = [&](int tile, Buffer& buffer) {
+        const int tile_steps = steps_of(tile);
+        complete(u_next, u_to_load, p.u_row, tile);
+        complete(delta_next, delta_to_load, p.delta_row, tile);
 #pragma unroll(COEFFICIENTS_AHEAD ? B_LOADS : 2)
         for (int k = 0; k < (B_VARIES ? B_LOADS : 0); ++k) {
             if (!COEFFICIENTS_AHEAD) B_next[0] = load_B(k, tile_steps);
@@ -369,7 +405,35 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
         }
     };
 
-    auto finish = [&](int tile_steps, const Buffer& buffer) {
+    // Each pack is written by the lane that has, of the two items it holds parts of, the one that was walked later.
+    Pack<element, VECTOR> latest[STRADDLES ? ITEMS : 1] = {};           // of a lane, in the tile before
+    auto store_straddling = [&](int k, element* y, const Pack<element, VECTOR>& out, int valid, int tile) {
+        constexpr int FIRST = REVERSE ? ROW_ITEMS - 1 : 0, LAST = ROW_ITEMS - 1 - FIRST;      // as they are walked
+        const int place = worker() % ROW_ITEMS, count = (size_t)y / sizeof(element) % VECTOR;
+        Pack<element, VECTOR> before;                                  // the item walked before this lane's
+#pragma unroll
+        for (int j = 0; j < (int)(sizeof(out) / 4); ++j) {
+            const unsigned word = place == LAST ? latest[k].bits.word[j] : out.bits.word[j];
+            before.bits.word[j] = __shfl_sync(~0u, word, (place + (REVERSE ? 1 : ROW_ITEMS - 1)) % ROW_ITEMS, ROW_ITEMS);
+        }
+        latest[k] = out;
+        if (is_inner(tile)) {
+            const auto pack = REVERSE ? joined(out, before, count) : joined(before, out, count);
+            store_whole(y + (REVERSE ? VECTOR : 0) - count, pack, valid > 0);
+            return;
+        }
+        store_by<ACCESS, element, VECTOR>(y, out, valid);
+        if (tile > 0 && is_inner(tile - 1) && place == FIRST && valid > 0) {                 // of the tile before: what is left
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j)
+                if (REVERSE == (j < VECTOR - count)) y[(REVERSE ? VECTOR : -VECTOR) + j] = before.get(j);
+        }
+    };
+
+    auto finish = [&](int tile, const Buffer& buffer) {
+        const int tile_steps = steps_of(tile);
+        complete(u_done, u_to_finish, p.u_row, tile);
+        complete(z_done, z_to_finish, p.z_row, tile);
 #pragma unroll
         for (int k = 0; k < ITEMS; ++k) {
             const Item item = item_of(k, tile_steps);
@@ -412,7 +476,8 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
                 from_real(sum[j], rounded);
                 out.set(j, rounded);
             }
-            store_by<ACCESS, element, VECTOR>(y, out, is_whole(tile_steps) ? VECTOR : item.valid);
+            if (STRADDLES) store_straddling(k, y, out, item.valid, tile);
+            else store_by<ACCESS, element, VECTOR>(y, out, is_whole(tile_steps) ? VECTOR : item.valid);
         }
         advanced(y_to_finish, p.y_row);
     };
@@ -501,14 +566,14 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
 #if CARRIES_ONLY
     // The teams walk side by side, because the recurrence decides how far.
     if (does_elements) {
-        if (tiles > 0) load(steps_of(0));
+        if (tiles > 0) load(0);
         keep_constants();
     }
     for (int tile = -1; tile < tiles; ++tile) {
         if (__syncthreads_and(does_elements || (gathers && memory.is_exhausted()))) break;
         if (does_elements) {
-            if (tile + 1 < tiles) prepare(steps_of(tile + 1), shared.buffers[(tile + 1) & 1]);
-            if (tile + 2 < tiles) load(steps_of(tile + 2));
+            if (tile + 1 < tiles) prepare(tile + 1, shared.buffers[(tile + 1) & 1]);
+            if (tile + 2 < tiles) load(tile + 2);
         } else if (tile >= 0) {
             if (gathers) carry_tile(shared.buffers[tile & 1], true);
             else carry_tile(shared.buffers[tile & 1], false);
@@ -525,21 +590,21 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
     // While the recurrence is at a tile, the other team finishes the one before and prepares the one after it, in the other buffer.
     // Each team has a loop of its own, so that registers hold what it needs and no more.
     if (does_elements) {
-        if (tiles > 0) load(steps_of(0));
+        if (tiles > 0) load(0);
         keep_constants();
         all_meet();
-        if (tiles > 0) prepare(steps_of(0), shared.buffers[0]);
-        if (tiles > 1) load(steps_of(1));
+        if (tiles > 0) prepare(0, shared.buffers[0]);
+        if (tiles > 1) load(1);
         for (int tile = 0; tile < tiles; ++tile) {
             Buffer& other = shared.buffers[(tile + 1) & 1];
             all_meet();
-            if (tile > 0) finish(steps_of(tile - 1), other);
-            if (tile + 1 < tiles) prepare(steps_of(tile + 1), other);
-            if (tile + 2 < tiles) load(steps_of(tile + 2));
-            load_to_finish(steps_of(tile));
+            if (tile > 0) finish(tile - 1, other);
+            if (tile + 1 < tiles) prepare(tile + 1, other);
+            if (tile + 2 < tiles) load(tile + 2);
+            load_to_finish(tile);
         }
         all_meet();
-        if (tiles > 0) finish(steps_of(tiles - 1), shared.buffers[(tiles - 1) & 1]);
+        if (tiles > 0) finish(tiles - 1, shared.buffers[(tiles - 1) & 1]);
         return;
     }
     all_meet();

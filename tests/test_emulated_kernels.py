@@ -26,6 +26,12 @@ OTHERS = {
     "a block for each, channel order": ({"batch": 1, "dim": 312, "length": 70, "state": 16, "order": "channel"}, FOUR),
     "two channels a lane": ({"batch": 1, "dim": 141, "length": 70, "state": 30}, ONE),
     "two channels a lane, reverse": ({"batch": 1, "dim": 141, "length": 70, "state": 30, "reverse": True}, ONE),
+    **{
+        f"rows across packs, {dtype}{', reverse' * reverse}, length {length}": (
+            {"dim": 24, "length": length, "state": 4, "dtype": dtype, "reverse": reverse}, emulator.FULL
+        )
+        for dtype in ("bfloat16", "float32") for reverse in (False, True) for length in (197, 222, 333)
+    },
     "64 KiB of shared memory": ({"dim": 130}, SMALL),
     "64 KiB of shared memory, float64": ({"dim": 130, "dtype": "float64"}, SMALL),
 }
