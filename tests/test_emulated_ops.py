@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scans
 
-from mambacupy import arrays, checks_conv, checks_dense
+from mambacupy import arrays, checks_conv, checks_dense, kernels
 from mambacupy.ops import conv_kernels, linear, loss, norm, plans, selective_state_update, training
 from mambacupy.reference import conv, state_update
 from mambacupy.reference import loss as reference_loss
@@ -255,7 +255,7 @@ def test_sums_of_parts(memory, normal, row):
         pairs.append((parts, memory.empty((x.outer * size,), cases.DTYPES[x.out])))
         total = wide(parts)[:, :, :size].sum(1).reshape(x.outer, x.rows, -1, reals if x.columns % reals == 0 else 1)
         wanted.append(total.swapaxes(1, 2).ravel())  # (outer, t, n, reals) -> (outer, n, t, reals)
-    plans.sums_of_parts(real, tuple(sums), reals)(pairs)
+    plans.sums_of_parts(real, tuple(sums), reals)(kernels.addresses((None, *(x for pair in pairs for x in pair))))
     for (_, out), total, x in zip(pairs, wanted, sums, strict=True):
         assert cases.relative_error(out, total) <= {"float32": 1e-7, "float64": 1e-15}.get(x.out, TOLERANCE[x.out]), x
 
@@ -266,7 +266,7 @@ def test_a_sum_keeps_what_rounding_drops(memory, normal):
     parts[...] = 1e-4
     parts[:32] = 1e4
     out = memory.empty((4,), parts.dtype)
-    plans.sums_of_parts("float32", (plans.Sum("float32", 3200, 4),))([(parts, out)])
+    plans.sums_of_parts("float32", (plans.Sum("float32", 3200, 4),))(kernels.addresses((None, parts, out)))
     assert cases.relative_error(out, wide(parts).sum(0)) <= 1e-7
 
 
