@@ -89,7 +89,7 @@ def compiles(file, constants, architectures=("75", "90", "120")):
         _, log = kernels.compile_for(architecture, source)
         assert re.findall(r"Used \d+ registers", log)
         # Functions of doubles may call for a stack; arrays that should be registers must not.
-        local = "(?:stack|spill)" if constants["REAL"] == "float" else "spill"
+        local = "(?:stack|spill)" if constants.get("REAL", "float") == "float" else "spill"
         assert not any(map(int, re.findall(rf"(\d+) bytes {local}", log))), f"sm_{architecture}: {log}"
 
 

@@ -218,6 +218,15 @@ def test_clipping(memory, many, most):
         assert cases.relative_error(one, two) <= TOLERANCE[one.dtype.name]
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_rounding(memory, normal, dtype):
+    given = [normal(*shape, dtype="f4") for shape in ((70, 64), (3,), (0, 4), (5001,), (1,))]
+    given[1][:] = np.nan, np.inf, 65519  # the last number that float16 rounds to one
+    for x, wanted in zip(training._rounded(memory, given, cases.DTYPES[dtype]), given, strict=True):
+        assert x.shape == wanted.shape and x.dtype == cases.DTYPES[dtype]
+        assert np.array_equal(wide(x), wide(wanted.astype(x.dtype)), equal_nan=True)
+
+
 def test_clipping_what_is_not_finite(memory, normal):
     grads = [normal(40, dtype="f4"), normal(5, dtype="f4")]
     grads[1][2] = np.nan
@@ -365,6 +374,8 @@ def test_many_arrays_anywhere_in_memory(memory, normal, moved, dtype):
     wanted, _ = reference_training.clip(list(map(wide, given[0])), 0.5)
     for one, two in zip(clipped, wanted, strict=True):
         assert cases.relative_error(wide(one), two) <= 2 * TOLERANCE[dtype]
+    for one, two in zip(training._rounded(memory, means[0], cases.DTYPES["float16"]), means[0], strict=True):
+        assert np.array_equal(one, two.astype(np.float16))
 
 
 @pytest.mark.parametrize("is_complex", [False, True])
