@@ -193,12 +193,15 @@ def _kind(x):
     return type(x), getattr(x, "dtype", None), getattr(x, "device", None)
 
 
+def _weight(params, dtype):
+    """The weight, rounded to a dtype where that has been done."""
+    weight = getattr(params, "rounded", None)
+    return params["weight"] if weight is None or weight.dtype != dtype else weight
+
+
 def _linear_saved(params, x, bias):
     """What `linear_bwd` wants. Made when it is wanted: what is rounded here is not kept until then."""
-    weight = getattr(params, "rounded", None)
-    if weight is None or weight.dtype != x.dtype:
-        weight = _cast(params["weight"], x.dtype)
-    return LinearSaved(x, weight, _cast(params.get("bias"), x.dtype) if bias else None)
+    return LinearSaved(x, _cast(_weight(params, x.dtype), x.dtype), _cast(params.get("bias"), x.dtype) if bias else None)
 
 
 def _linear(params, x, bias=True):
@@ -268,13 +271,14 @@ class Embedding:
         """`(y, backprop)`; kept for backprop: tokens."""
         _check_params("Embedding", params, self.shapes)
         weight = params["weight"]
-        y, saved = embedding_fwd(tokens, weight)
+        dtype = np.dtype(self.dtype or weight.dtype)
+        y, saved = embedding_fwd(tokens, _weight(params, dtype))
+        saved = saved._replace(dtype=weight.dtype)
 
-        def backprop(dy):
-            # Rows that many tokens share are summed in the weight's dtype.
-            return None, {"weight": _cast(embedding_bwd(_cast(dy, weight.dtype), saved).weight, weight.dtype)}
+        def backprop(dy, onto=None):  # where the table has another gradient, which may be written to
+            return None, {"weight": embedding_bwd(_cast(dy, weight.dtype), saved, onto=onto).weight}
 
-        return _cast(y, np.dtype(self.dtype or weight.dtype)), backprop
+        return _cast(y, dtype), backprop
 
 
 # ---------------------------------------------------------------------------------------------------- norms
@@ -367,8 +371,9 @@ class MixerSaved(NamedTuple):
     """What a mixer keeps for its gradient.
 
     In x's dtype, numbers per token: x d_model; xz 2·d_inner, its two projections; selected dt_rank + 2·d_state, which are dt, B
-    and C; y d_inner, what the scan gave. Further states (batch, ceil(length / 64), d_inner, d_state), float32 at least.
-    Convolution, norms, delta and rounded weights are computed again. `before` is a copy of the state that came, or None.
+    and C; y d_inner, what the scan gave. Further states (batch, ceil(length / 64), d_inner, d_state) and A (d_inner, d_state),
+    float32 at least. Convolution, norms, delta and rounded weights are computed again. `before` is a copy of the state that
+    came, or None.
     """
 
     x: Any
@@ -376,6 +381,7 @@ class MixerSaved(NamedTuple):
     selected: Any
     y: Any
     states: Any
+    A: Any
     before: State | None
     lengths: Any
 
@@ -548,7 +554,7 @@ class MambaMixer:
             state.ssm[...] = ssm_state
             state.conv[...] = conv_state if lengths is None else _last_inputs(u, state.conv, lengths)
         out = _blank(_linear(params["out_proj"], _turn(y)), padding)
-        return out, MixerSaved(x, xz, selected, y, scan_saved.states, before, lengths) if save else None
+        return out, MixerSaved(x, xz, selected, y, scan_saved.states, scan["A"], before, lengths) if save else None
 
     def _step(self, params, u, z, state):
         """One token: u and z (batch, d_inner, 1)."""
@@ -563,11 +569,11 @@ class MambaMixer:
         return _linear(params["out_proj"], y[:, None])  # (batch, 1, d_model)
 
     def _backward(self, params, saved, dy):
-        x, xz, selected, y, states, before, lengths = saved
+        x, xz, selected, y, states, A, before, lengths = saved
         padding = _padding(x, lengths)
         u, z = self._halves(xz)
         c, _, conv_saved = self._convolve(params, u, before)
-        scan, (low, norms) = self._scan_arguments(params, c, z, selected, before, padding)
+        scan, (low, norms) = self._scan_arguments(params, c, z, selected, before, padding, A)
         options = {name: scan.pop(name) for name in ("delta_softplus", "initial_state")}
         scan_saved = SelectiveScanSaved(**scan, **options, states=states, reverse=False, discretization="euler")
 
@@ -602,8 +608,8 @@ class MambaMixer:
         initial = None if before is None else before.conv
         return causal_conv1d_fwd(u, *self._kernel(params, u.dtype), activation="silu", initial_state=initial)
 
-    def _scan_arguments(self, params, c, z, selected, before, padding):
-        """Arguments of the scan, by name; and dt as dt_proj takes it, with what the three norms saved."""
+    def _scan_arguments(self, params, c, z, selected, before, padding, A=None):
+        """Arguments of the scan, by name; and dt as dt_proj takes it, with what the three norms saved. A is None or known."""
         numbers, rank = arrays.compute_dtype(c.dtype), self.rank
         low, B, C = (
             selected[..., :rank], selected[..., rank : rank + self.d_state], selected[..., rank + self.d_state :],
@@ -623,7 +629,7 @@ class MambaMixer:
         scan = {
             "u": c,
             "delta": delta,
-            "A": -np.exp(_cast(params["A_log"], numbers)),
+            "A": -np.exp(_cast(params["A_log"], numbers)) if A is None else A,
             "B": _turn(B),
             "C": _turn(C),
             "D": _cast(params["D"], numbers),

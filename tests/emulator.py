@@ -180,5 +180,5 @@ def scan(arguments, options, dy, dlast_state, calls=1):
     tensors = [arguments[name] for name in SelectiveScanSaved._fields[:9]]
     for _ in range(calls):
         results = scan_kernels.forward(forward, tensors)
-        grads = scan_kernels.backward(backward, tensors, results[2], dy, dlast_state)
+        grads = scan_kernels.backward(backward, (*tensors, results[2], dy, dlast_state))
     return results, grads

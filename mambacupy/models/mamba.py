@@ -167,12 +167,10 @@ class MambaLM:
             for backprop_layer in reversed(backward):
                 dx, grads = backprop_layer(dx)
                 layer_grads.append(grads)
-            _, embedding_grads = embedding_backward(dx)
+            tied = self.config.tie_embeddings
+            _, embedding_grads = embedding_backward(dx, head_grads["weight"] if tied else None)
             grads = {"embedding": embedding_grads, "layers": layer_grads[::-1], "norm_f": norm_grads}
-            if not self.config.tie_embeddings:
-                return grads | {"lm_head": head_grads}
-            embedding_grads["weight"] += head_grads["weight"]
-            return grads
+            return grads if tied else grads | {"lm_head": head_grads}
 
         logits_shape = logits.shape
         return logits, backprop

@@ -395,24 +395,21 @@ def _fresh_gradients(args, axis, B, C, scratch):
     return plans.fresh(parameters) + plans.fresh(others, scratch)
 
 
-def backward(plan, tensors, states, dy, dlast_state):
+def backward(plan, tensors):
     """Gradients of a scan.
 
     Parameters
     ----------
     plan : from `plan_backward`
     tensors : sequence of array or None
-        Arguments of the forward scan, as `forward` takes them.
-    states : array (batch, chunks, dim, state)
-        As `forward` kept them.
-    dy, dlast_state : array
-        Gradients of y and, or None, of last_state.
+        Arguments of the forward scan, as `forward` takes them; states, as it kept them; dy, and dlast_state.
 
     Returns
     -------
     SelectiveScanGrads
     """
-    tensors = _as_wanted(plan, (*tensors, states, dy, dlast_state))
+    tensors = _as_wanted(plan, tensors)
+    dy, dlast_state = tensors[-2:]
     made, addresses, held = plans.allocate(plan.xp, plan.fresh)
     grads = SelectiveScanGrads(*plan.results((*made, None)))
     if not plan.slices:
