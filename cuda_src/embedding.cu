@@ -1,6 +1,6 @@
 // embedding.cu: rows of a table, and the gradient of the table.
 //
-//   y_i = weight[token_i]                    dweight[v] = Σ_{i: token_i = v} dy_i
+//   y_i = weight[token_i]                    dweight[v] += Σ_{i: token_i = v} dy_i
 //
 // Idea of the gradient: no atomics. Tokens come sorted, so that equal ones stand side by side in the order in which they
 // came. A thread has VECTOR columns of CHUNK sorted tokens and sums runs of equal ones. A run inside a chunk is a finished row
@@ -21,21 +21,22 @@ struct Params {
     W_T* y;                                                            // (count, dim)
     const DY_T* dy;
     const long long* order;                                            // (count,): where the sorted tokens stood
-    W_T* dweight;                                                      // (vocabulary, dim), zeros
+    W_T* dweight;                                                      // (vocabulary, dim)
     real *heads, *tails;                                               // (chunks, dim)
     long long count, dim, vocabulary, weight_row, dy_row, first_block;
 };
 
-DEVICE void write_row(const Params& p, long long token, long long column, const real (&sum)[VECTOR]) {
+DEVICE void add_row(const Params& p, long long token, long long column, const real (&sum)[VECTOR]) {
     if (token >= p.vocabulary) return;
-    Pack<W_T, VECTOR> out = {};
+    W_T* to = p.dweight + token * p.dim + column;
+    Pack<W_T, VECTOR> row = load_pack<W_T, VECTOR>(to, VECTOR);
 #pragma unroll
     for (int j = 0; j < VECTOR; ++j) {
         W_T rounded;
-        from_real(sum[j], rounded);
-        out.set(j, rounded);
+        from_real(real(to_real(row.get(j))) + sum[j], rounded);
+        row.set(j, rounded);
     }
-    store_pack<W_T, VECTOR>(p.dweight + token * p.dim + column, out, VECTOR);
+    store_pack<W_T, VECTOR>(to, row, VECTOR);
 }
 
 #if !BACKWARD
@@ -78,7 +79,7 @@ extern "C" __global__ void __launch_bounds__(256) embedding_bwd(const Params p) 
             const bool run_ends = i + 1 == p.count || p.tokens[i + 1] != token;
             if (!run_ends && i + 1 < end) continue;
             if (run_ends && !goes_on) {
-                write_row(p, token, column, sum);
+                add_row(p, token, column, sum);
             } else {
                 real* to = (goes_on ? p.heads : p.tails) + chunk * p.dim + column;
 #pragma unroll
@@ -105,6 +106,6 @@ extern "C" __global__ void __launch_bounds__(256) embedding_join(const Params p)
 #pragma unroll
         for (int j = 0; j < VECTOR; ++j) add_exactly(sum[j], lost[j], p.heads[next * p.dim + column + j]);
     }
-    write_row(p, token, column, sum);
+    add_row(p, token, column, sum);
 }
 #endif

@@ -177,8 +177,8 @@ def embedding(operation, tokens, weight):
     return xp
 
 
-def embedding_bwd(operation, saved, dy):
-    """Check the gradient that enters an embedding's backward pass.
+def embedding_bwd(operation, saved, dy, onto):
+    """Check the gradient that enters an embedding's backward pass, and what is added to.
 
     Returns
     -------
@@ -192,8 +192,12 @@ def embedding_bwd(operation, saved, dy):
     """
     _check_saved(operation, saved, "embedding_fwd", "second", "tokens", "vocabulary", "dtype")
     _all_there(operation, dy=dy)
-    xp = arrays.namespace(operation, **{"saved.tokens": saved.tokens}, dy=dy)
+    xp = arrays.namespace(operation, **{"saved.tokens": saved.tokens}, dy=dy, onto=onto)
     _check_gradient(operation, "dy", dy, "y", (*saved.tokens.shape, saved.dim), saved.dtype)
+    if onto is not None:
+        _check_like(operation, "onto", onto, "weight", (saved.vocabulary, saved.dim))
+        if onto.dtype != saved.dtype:
+            raise _wrong_dtype(operation, "onto", onto, (saved.dtype,), ", the dtype of weight")
     return xp
 
 

@@ -13,6 +13,7 @@ and it is the single list of arguments: they are taken by name and packed in its
 import contextlib
 import functools
 import hashlib
+import operator
 import re
 import struct
 import threading
@@ -110,6 +111,11 @@ def address(array):
     return 0 if array is None else array.data.ptr
 
 
+def addresses(arrays):
+    """The address of each, in half the time."""
+    return [0 if x is None else x.data.ptr for x in arrays]
+
+
 _HERE = contextlib.nullcontext()
 
 
@@ -150,7 +156,7 @@ class Kernel:
         self._shared_bytes = shared_bytes
         self._device, self._functions = cupy.cuda.runtime.getDevice, {}
 
-    def prepare(self, blocks, threads, numbers, overlap=False):
+    def prepare(self, blocks, threads, numbers, overlap=False, order=None):
         """All of a launch but its pointers.
 
         Parameters
@@ -161,14 +167,18 @@ class Kernel:
             Value of every number of `Params` but `first_block`.
         overlap : bool
             Let it begin while the kernel in front of it ends; `mambacupy.overlapping` says how.
+        order : dict, optional
+            For each pointer of `Params`, by name, where it stands among the addresses that the launch is given.
 
         Returns
         -------
         callable
             Launches on the current device and stream, without synchronising, given a dict with every pointer of `Params` by
-            name: an array, an address in one, or None for a null pointer.
+            name: an array, an address in one, or None for a null pointer. With `order` it is given a sequence of addresses,
+            which takes a third of the time.
         """
         names, shared_bytes, overlapped = self.pointers, self._shared_bytes, None
+        pick = order and operator.itemgetter(*(order[name] for name in names))
         if overlap:
             from mambacupy.overlapping import overlapping
 
@@ -177,18 +187,23 @@ class Kernel:
         for first in range(0, blocks, MAX_BLOCKS):
             values = numbers | {"first_block": first}
             params = np.array([0] * len(names) + [values[name] for name in self.numbers], np.int64)
-            grids.append(((min(blocks - first, MAX_BLOCKS),), params, (params if overlap else _by_value(params),)))
+            grids.append((min(blocks - first, MAX_BLOCKS), params, (params if overlap else _by_value(params),)))
         write, lock = struct.Struct(f"{len(names)}Q").pack_into, threading.Lock()
 
-        def launch(arrays):
-            pointers = [0 if (x := arrays[name]) is None else x if type(x) is int else x.data.ptr for name in names]
+        def launch(given):
+            if pick:
+                pointers = pick(given)
+            else:
+                pointers = [0 if (x := given[name]) is None else x if type(x) is int else x.data.ptr for name in names]
             try:
                 function = self._function()
-                run = overlapped or function
-                for grid, params, argument in grids:
+                for count, params, argument in grids:
                     with lock:  # another thread may be about to launch the same
                         write(params, 0, *pointers)
-                        run(grid, (threads,), argument, shared_bytes)
+                        if overlapped:
+                            overlapped((count,), (threads,), argument, shared_bytes)
+                        else:  # which, told the threads in all, makes no tuples
+                            function.linear_launch(count * threads, argument, shared_bytes, threads)
             except Exception as error:
                 from mambacupy import environment  # whose imports take as long as all others of `import mambacupy`
 

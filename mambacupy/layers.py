@@ -25,6 +25,7 @@ from mambacupy.ops.linear import LinearSaved, embedding_bwd, embedding_fwd, line
 from mambacupy.ops.norm import layer_norm_bwd, layer_norm_fwd, rms_norm_bwd, rms_norm_fwd
 from mambacupy.ops.selective_scan import SelectiveScanSaved, selective_scan, selective_scan_bwd, selective_scan_fwd
 from mambacupy.ops.selective_state_update import selective_state_update
+from mambacupy.ops.training import rounded
 
 __all__ = [
     "Block",
@@ -148,22 +149,72 @@ def _like(grads, params):
 
 
 # ---------------------------------------------------------------------------------------------------- products, by parameters
-def _linear_saved(params, x):
-    """What `linear_bwd` wants. Made when it is wanted: rounded copies of float32 weights are not kept until then."""
-    return LinearSaved(x, _cast(params["weight"], x.dtype), _cast(params.get("bias"), x.dtype))
+class _Rounded(dict):
+    """Parameters of a linear map that bring `rounded`, their weight as the map would round it."""
 
 
-def _linear(params, x):
-    return linear_fwd(x, _cast(params["weight"], x.dtype), _cast(params.get("bias"), x.dtype))[0]
+def round_weights(params, maps, like, dtype):
+    """Parameters whose linear maps need not round their weights, each of them twice: one launch has done it for all.
+
+    Parameters
+    ----------
+    params : nest
+    maps : collection of str
+        Names of dicts in `params` that are parameters of linear maps.
+    like : array
+        Which weights: those of its library, device and dtype.
+    dtype : dtype
+        What the maps will compute in.
+
+    Returns
+    -------
+    nest
+        Of the same arrays, for layers. The rounded weights last as long as it does.
+    """
+    found = []
+
+    def rebuilt(nest, name=None):
+        if isinstance(nest, (list, tuple)):
+            return [rebuilt(part) for part in nest]
+        if not isinstance(nest, dict):
+            return nest
+        if name not in maps or _kind(nest.get("weight")) != _kind(like):
+            return {key: rebuilt(value, key) for key, value in nest.items()}
+        found.append(_Rounded(nest))
+        return found[-1]
+
+    made = rebuilt(params)
+    for one, weight in zip(found, rounded([one["weight"] for one in found], dtype) if found else (), strict=True):
+        one.rounded = weight
+    return made
 
 
-def _linear_backward(params, x, dy, onto=None):
+def _kind(x):
+    return type(x), getattr(x, "dtype", None), getattr(x, "device", None)
+
+
+def _weight(params, dtype):
+    """The weight, rounded to a dtype where that has been done."""
+    weight = getattr(params, "rounded", None)
+    return params["weight"] if weight is None or weight.dtype != dtype else weight
+
+
+def _linear_saved(params, x, bias):
+    """What `linear_bwd` wants. Made when it is wanted: what is rounded here is not kept until then."""
+    return LinearSaved(x, _cast(_weight(params, x.dtype), x.dtype), _cast(params.get("bias"), x.dtype) if bias else None)
+
+
+def _linear(params, x, bias=True):
+    return linear_fwd(*_linear_saved(params, x, bias))[0]
+
+
+def _linear_backward(params, x, dy, onto=None, bias=True):
     """dx, and gradients of weight and bias as `params` holds them. dy may be a tuple of its parts along the last axis; dx is
-    added to `onto`, which may be written to."""
+    added to `onto`, which may be written to. Without `bias` the map has none, whatever is in `params`."""
     dy = tuple(_cast(part, x.dtype) for part in dy) if isinstance(dy, tuple) else _cast(dy, x.dtype)
     widest = x.dtype if params["weight"].dtype.itemsize <= x.dtype.itemsize else arrays.compute_dtype(x.dtype)
-    grads = linear_bwd(dy, _linear_saved(params, x), dtype=widest, onto=onto)
-    return grads.x, {name: _cast(getattr(grads, name), p.dtype) for name, p in params.items()}
+    grads = linear_bwd(dy, _linear_saved(params, x, bias), dtype=widest, onto=onto)
+    return grads.x, {name: _cast(getattr(grads, name), p.dtype) for name, p in params.items() if bias or name != "bias"}
 
 
 @dataclass(frozen=True)
@@ -220,13 +271,14 @@ class Embedding:
         """`(y, backprop)`; kept for backprop: tokens."""
         _check_params("Embedding", params, self.shapes)
         weight = params["weight"]
-        y, saved = embedding_fwd(tokens, weight)
+        dtype = np.dtype(self.dtype or weight.dtype)
+        y, saved = embedding_fwd(tokens, _weight(params, dtype))
+        saved = saved._replace(dtype=weight.dtype)
 
-        def backprop(dy):
-            # Rows that many tokens share are summed in the weight's dtype.
-            return None, {"weight": _cast(embedding_bwd(_cast(dy, weight.dtype), saved).weight, weight.dtype)}
+        def backprop(dy, onto=None):  # where the table has another gradient, which may be written to
+            return None, {"weight": embedding_bwd(_cast(dy, weight.dtype), saved, onto=onto).weight}
 
-        return _cast(y, np.dtype(self.dtype or weight.dtype)), backprop
+        return _cast(y, dtype), backprop
 
 
 # ---------------------------------------------------------------------------------------------------- norms
@@ -319,8 +371,9 @@ class MixerSaved(NamedTuple):
     """What a mixer keeps for its gradient.
 
     In x's dtype, numbers per token: x d_model; xz 2·d_inner, its two projections; selected dt_rank + 2·d_state, which are dt, B
-    and C; y d_inner, what the scan gave. Further states (batch, ceil(length / 64), d_inner, d_state), float32 at least.
-    Convolution, norms, delta and rounded weights are computed again. `before` is a copy of the state that came, or None.
+    and C; y d_inner, what the scan gave. Further states (batch, ceil(length / 64), d_inner, d_state) and A (d_inner, d_state),
+    float32 at least. Convolution, norms, delta and rounded weights are computed again. `before` is a copy of the state that
+    came, or None.
     """
 
     x: Any
@@ -328,6 +381,7 @@ class MixerSaved(NamedTuple):
     selected: Any
     y: Any
     states: Any
+    A: Any
     before: State | None
     lengths: Any
 
@@ -500,7 +554,7 @@ class MambaMixer:
             state.ssm[...] = ssm_state
             state.conv[...] = conv_state if lengths is None else _last_inputs(u, state.conv, lengths)
         out = _blank(_linear(params["out_proj"], _turn(y)), padding)
-        return out, MixerSaved(x, xz, selected, y, scan_saved.states, before, lengths) if save else None
+        return out, MixerSaved(x, xz, selected, y, scan_saved.states, scan["A"], before, lengths) if save else None
 
     def _step(self, params, u, z, state):
         """One token: u and z (batch, d_inner, 1)."""
@@ -515,18 +569,18 @@ class MambaMixer:
         return _linear(params["out_proj"], y[:, None])  # (batch, 1, d_model)
 
     def _backward(self, params, saved, dy):
-        x, xz, selected, y, states, before, lengths = saved
+        x, xz, selected, y, states, A, before, lengths = saved
         padding = _padding(x, lengths)
         u, z = self._halves(xz)
         c, _, conv_saved = self._convolve(params, u, before)
-        scan, (low, norms) = self._scan_arguments(params, c, z, selected, before, padding)
+        scan, (low, norms) = self._scan_arguments(params, c, z, selected, before, padding, A)
         options = {name: scan.pop(name) for name in ("delta_softplus", "initial_state")}
         scan_saved = SelectiveScanSaved(**scan, **options, states=states, reverse=False, discretization="euler")
 
         grads = {}
         dy_scan, grads["out_proj"] = _linear_backward(params["out_proj"], _turn(y), _blank(dy, padding))
         g = selective_scan_bwd(_turn(dy_scan), scan_saved)
-        dlow, dt_grads = _linear_backward({"weight": params["dt_proj"]["weight"]}, low, _turn(g.delta))
+        dlow, dt_grads = _linear_backward(params["dt_proj"], low, _turn(g.delta), bias=False)
         grads["dt_proj"] = dt_grads | {"bias": g.delta_bias}
         dselected = [dlow, _turn(g.B), _turn(g.C)]
         if self.bc_dt_norm:
@@ -554,8 +608,8 @@ class MambaMixer:
         initial = None if before is None else before.conv
         return causal_conv1d_fwd(u, *self._kernel(params, u.dtype), activation="silu", initial_state=initial)
 
-    def _scan_arguments(self, params, c, z, selected, before, padding):
-        """Arguments of the scan, by name; and dt as dt_proj takes it, with what the three norms saved."""
+    def _scan_arguments(self, params, c, z, selected, before, padding, A=None):
+        """Arguments of the scan, by name; and dt as dt_proj takes it, with what the three norms saved. A is None or known."""
         numbers, rank = arrays.compute_dtype(c.dtype), self.rank
         low, B, C = (
             selected[..., :rank], selected[..., rank : rank + self.d_state], selected[..., rank + self.d_state :],
@@ -568,14 +622,14 @@ class MambaMixer:
                 weight = _cast(params[key]["weight"], numbers) if key in params else xp.ones(v.shape[-1], numbers)
                 results.append(rms_norm_fwd(v, weight, eps=self.bc_dt_norm_eps))
             (low, B, C), norms = (y for y, _, _ in results), [kept for _, _, kept in results]
-        delta = _turn(_linear({"weight": params["dt_proj"]["weight"]}, low))  # (batch, d_inner, length)
+        delta = _turn(_linear(params["dt_proj"], low, bias=False))  # (batch, d_inner, length)
         if padding is not None and before is not None:
             xp = arrays.namespace("MambaMixer", delta=delta)
             delta = arrays.choose(xp, padding[:, None, :], STANDSTILL, delta)
         scan = {
             "u": c,
             "delta": delta,
-            "A": -np.exp(_cast(params["A_log"], numbers)),
+            "A": -np.exp(_cast(params["A_log"], numbers)) if A is None else A,
             "B": _turn(B),
             "C": _turn(C),
             "D": _cast(params["D"], numbers),

@@ -89,9 +89,10 @@ def get(file, name, constants, shared_bytes=0):
     """Stands in for `kernels.get`."""
     pointers, numbers = kernels.parameter_names(kernels.read_source(file))
 
-    def prepare(blocks, threads, values):
+    def prepare(blocks, threads, values, order=None):
         def launch(arrays):
-            given = [(x, x if type(x) is int else kernels.address(x)) for x in (arrays[pointer] for pointer in pointers)]
+            arrays = by_name(arrays, order)
+            given = [(x, x if isinstance(x, int) else kernels.address(x)) for x in (arrays[pointer] for pointer in pointers)]
             for pointer, (x, address) in zip(pointers, given, strict=True):  # an element lies at a multiple of its size, as a
                 assert address % getattr(x, "itemsize", 16) == 0, pointer  # GPU demands
             packed = struct.pack(f"{len(pointers)}Q", *(address for _, address in given))
@@ -104,11 +105,34 @@ def get(file, name, constants, shared_bytes=0):
     return SimpleNamespace(prepare=prepare)
 
 
+def by_name(given, order):
+    """What a launch is given, by name."""
+    return given if order is None else {name: given[place] for name, place in order.items()}
+
+
+class Address(int):
+    """An address, and the size of the elements that lie there."""
+
+    def __new__(cls, value, itemsize):
+        made = super().__new__(cls, value)
+        made.itemsize = itemsize
+        return made
+
+    def __add__(self, distance):
+        return Address(int(self) + distance, self.itemsize)
+
+
+def address(x):
+    """Stands in for `kernels.address`, for NumPy arrays."""
+    return 0 if x is None else Address(x.__array_interface__["data"][0], x.itemsize)
+
+
 def install(monkeypatch, device=H100):
     """From here on kernels run here, on NumPy arrays."""
     monkeypatch.setattr(kernels, "get", get)
     monkeypatch.setattr(kernels, "device", lambda: device)
-    monkeypatch.setattr(kernels, "address", lambda x: 0 if x is None else x.__array_interface__["data"][0])
+    monkeypatch.setattr(kernels, "address", address)
+    monkeypatch.setattr(kernels, "addresses", lambda arrays: list(map(address, arrays)))
     monkeypatch.setattr(plans, "_plans", {})
 
 
@@ -156,5 +180,5 @@ def scan(arguments, options, dy, dlast_state, calls=1):
     tensors = [arguments[name] for name in SelectiveScanSaved._fields[:9]]
     for _ in range(calls):
         results = scan_kernels.forward(forward, tensors)
-        grads = scan_kernels.backward(backward, tensors, results[2], dy, dlast_state)
+        grads = scan_kernels.backward(backward, (*tensors, results[2], dy, dlast_state))
     return results, grads

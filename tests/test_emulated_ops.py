@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scans
 
-from mambacupy import arrays, checks_conv, checks_dense
+from mambacupy import arrays, checks_conv, checks_dense, kernels
 from mambacupy.ops import conv_kernels, linear, loss, norm, plans, selective_state_update, training
 from mambacupy.reference import conv, state_update
 from mambacupy.reference import loss as reference_loss
@@ -218,6 +218,15 @@ def test_clipping(memory, many, most):
         assert cases.relative_error(one, two) <= TOLERANCE[one.dtype.name]
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_rounding(memory, normal, dtype):
+    given = [normal(*shape, dtype="f4") for shape in ((70, 64), (3,), (0, 4), (5001,), (1,))]
+    given[1][:] = np.nan, np.inf, 65519  # the last number that float16 rounds to one
+    for x, wanted in zip(training._rounded(memory, given, cases.DTYPES[dtype]), given, strict=True):
+        assert x.shape == wanted.shape and x.dtype == cases.DTYPES[dtype]
+        assert np.array_equal(wide(x), wide(wanted.astype(x.dtype)), equal_nan=True)
+
+
 def test_clipping_what_is_not_finite(memory, normal):
     grads = [normal(40, dtype="f4"), normal(5, dtype="f4")]
     grads[1][2] = np.nan
@@ -255,7 +264,7 @@ def test_sums_of_parts(memory, normal, row):
         pairs.append((parts, memory.empty((x.outer * size,), cases.DTYPES[x.out])))
         total = wide(parts)[:, :, :size].sum(1).reshape(x.outer, x.rows, -1, reals if x.columns % reals == 0 else 1)
         wanted.append(total.swapaxes(1, 2).ravel())  # (outer, t, n, reals) -> (outer, n, t, reals)
-    plans.sums_of_parts(real, tuple(sums), reals)(pairs)
+    plans.sums_of_parts(real, tuple(sums), reals)(kernels.addresses((None, *(x for pair in pairs for x in pair))))
     for (_, out), total, x in zip(pairs, wanted, sums, strict=True):
         assert cases.relative_error(out, total) <= {"float32": 1e-7, "float64": 1e-15}.get(x.out, TOLERANCE[x.out]), x
 
@@ -266,7 +275,7 @@ def test_a_sum_keeps_what_rounding_drops(memory, normal):
     parts[...] = 1e-4
     parts[:32] = 1e4
     out = memory.empty((4,), parts.dtype)
-    plans.sums_of_parts("float32", (plans.Sum("float32", 3200, 4),))([(parts, out)])
+    plans.sums_of_parts("float32", (plans.Sum("float32", 3200, 4),))(kernels.addresses((None, parts, out)))
     assert cases.relative_error(out, wide(parts).sum(0)) <= 1e-7
 
 
@@ -365,6 +374,8 @@ def test_many_arrays_anywhere_in_memory(memory, normal, moved, dtype):
     wanted, _ = reference_training.clip(list(map(wide, given[0])), 0.5)
     for one, two in zip(clipped, wanted, strict=True):
         assert cases.relative_error(wide(one), two) <= 2 * TOLERANCE[dtype]
+    for one, two in zip(training._rounded(memory, means[0], cases.DTYPES["float16"]), means[0], strict=True):
+        assert np.array_equal(one, two.astype(np.float16))
 
 
 @pytest.mark.parametrize("is_complex", [False, True])

@@ -33,8 +33,8 @@ class Recorder:
         self.compiled.append(kernel)
         self.shared_bytes[kernel] = shared_bytes
 
-        def prepare(blocks, threads, numbers):
-            return lambda arrays: self.launched.append((*kernel, blocks, threads, numbers, arrays))
+        def prepare(blocks, threads, numbers, order=None):
+            return lambda given: self.launched.append((*kernel, blocks, threads, numbers, emulator.by_name(given, order)))
 
         return SimpleNamespace(prepare=prepare)
 
@@ -48,7 +48,8 @@ def record(patch, architecture="90"):
     recorder = Recorder()
     patch.setattr(kernels, "get", recorder)
     patch.setattr(kernels, "device", lambda: DEVICES[architecture])
-    patch.setattr(kernels, "address", lambda x: 0 if x is None else x.__array_interface__["data"][0])
+    patch.setattr(kernels, "address", emulator.address)
+    patch.setattr(kernels, "addresses", lambda arrays: list(map(emulator.address, arrays)))
     patch.setattr(plans, "_plans", {})
     return recorder
 
@@ -158,6 +159,13 @@ def test_arguments_follow_the_struct():
     assert kernels.parameter_names(source) == (("x0", "x1", "y"), ("n0", "n1", "n2", "m"))
 
 
+def function(launch):
+    """Stands in for a function of CuPy's: `launch` gets blocks, threads of each, and the struct."""
+    return SimpleNamespace(
+        linear_launch=lambda size, args, shared_mem, threads: launch(size // threads, threads, args[0])
+    )  # fmt: skip
+
+
 @pytest.fixture
 def launches(monkeypatch):
     """A kernel without a GPU, given its pointers and numbers; and what it is launched with."""
@@ -167,7 +175,7 @@ def launches(monkeypatch):
     def make(pointers, numbers):
         kernel = kernels.Kernel.__new__(kernels.Kernel)
         kernel.pointers, kernel.numbers, kernel._shared_bytes = pointers, numbers, 0
-        kernel._function = lambda: lambda grid, block, args, shared_mem: calls.append((grid, block, args[0].tolist()))
+        kernel._function = lambda: function(lambda *launch: calls.append((*launch[:2], launch[2].tolist())))
         return kernel
 
     return make, calls
@@ -177,18 +185,24 @@ def test_a_pointer_is_of_an_array_or_an_address_or_null(launches):
     make, calls = launches
     array = SimpleNamespace(data=SimpleNamespace(ptr=512))
     make(("x", "y", "z"), ("first_block",)).prepare(1, 32, {})({"x": array, "y": 528, "z": None})
-    assert calls == [((1,), (32,), [512, 528, 0, 0])]
+    assert calls == [(1, 32, [512, 528, 0, 0])]
+
+
+def test_addresses_come_in_an_order(launches):
+    make, calls = launches
+    make(("x", "y", "z"), ("first_block",)).prepare(1, 32, {}, order={"z": 0, "w": 1, "x": 3, "y": 0})([0, 512, 528, 544])
+    assert calls == [(1, 32, [544, 0, 0, 0])]
 
 
 def test_threads_launch_with_their_own_pointers(launches):
     make, _ = launches
     kernel, seen = make(("x",), ("first_block",)), []
 
-    def run(grid, block, args, shared_mem):
+    def run(blocks, threads, struct):
         time.sleep(0.001)  # where another thread may write
-        seen.append((threading.get_ident(), args[0][0]))
+        seen.append((threading.get_ident(), struct[0]))
 
-    kernel._function = lambda: run
+    kernel._function = lambda: function(run)
     launch, own = kernel.prepare(1, 32, {}), []
 
     def calls(address):
@@ -209,4 +223,4 @@ def test_arrays_in_one_allocation_are_apart_and_aligned():
 def test_grids_hold_any_number_of_blocks(launches):
     make, calls = launches
     make((), ("n", "first_block")).prepare(2**31 + 9, 128, {"n": 3})({})
-    assert calls == [((2**31 - 1,), (128,), [3, 0]), ((10,), (128,), [3, 2**31 - 1])]
+    assert calls == [(2**31 - 1, 128, [3, 0]), (10, 128, [3, 2**31 - 1])]

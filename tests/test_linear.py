@@ -162,6 +162,20 @@ def test_embedding(row):
     assert dense.errors(grads, rows_one_by_one(tokens, dy, weight)) == {}
 
 
+def check_onto(row, to=np.asarray, back=np.asarray):
+    tokens, weight, dy = make_embedding(row)
+    other = dense.normal(3, *weight.shape, dtype=weight.dtype.name)
+    _, saved = embedding_fwd(to(tokens), to(weight))
+    got = embedding_bwd(to(dy), saved, onto=to(other.copy()))
+    rows = rows_one_by_one(tokens, dy, weight).weight
+    assert dense.errors(linear.EmbeddingGrads(back(got.weight)), linear.EmbeddingGrads(rows + dense.wide(other))) == {}
+
+
+@pytest.mark.parametrize("row", TOKENS)
+def test_embedding_onto_another_gradient(row):
+    check_onto(row)
+
+
 def test_embedding_by_finite_differences():
     tokens = np.array([[0, 3, 3], [4, 0, 3]])
     check_gradients(embedding_fwd, embedding_bwd, {"tokens": tokens, "weight": dense.normal(1, 5, 3)})
@@ -201,6 +215,15 @@ ERRORS = {
     "embedding-dy": (embedding_bwd, (X, embedding_fwd(T, W)[1]), ValueError, r"dy has shape \(2, 4\), wanted \(5, 4\)"),
     "embedding-saved": (embedding_bwd, (X, 3), TypeError, "saved is of type int, wanted the second result of embedding_fwd"),
 }  # fmt: skip
+
+
+def test_errors_of_what_is_added_to():
+    _, saved = embedding_fwd(T, W)
+    dy = np.zeros((5, 4), W.dtype)
+    with pytest.raises(ValueError, match=r"embedding_bwd: onto has shape \(2, 4\), wanted \(3, 4\), the shape of weight"):
+        embedding_bwd(dy, saved, onto=X)
+    with pytest.raises(TypeError, match="embedding_bwd: onto is float64, wanted float32, the dtype of weight"):
+        embedding_bwd(dy, saved, onto=dense.wide(W))
 
 
 @pytest.mark.parametrize("row", ERRORS)
@@ -308,6 +331,12 @@ def test_gpu_embedding(cp, row):
     got, again = (embedding_bwd(cp.asarray(dy), saved) for _ in range(2))
     assert dense.errors(got, rows_one_by_one(tokens, dy, weight)) == {}
     assert got.weight.get().tobytes() == again.weight.get().tobytes()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("row", TOKENS)
+def test_gpu_embedding_onto_another_gradient(cp, row):
+    check_onto(row, cp.asarray, lambda x: x.get())
 
 
 @pytest.mark.gpu

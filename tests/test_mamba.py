@@ -225,8 +225,9 @@ def test_checkpoint_has_the_same_bits_and_keeps_less(dtype):
 
 
 @pytest.mark.parametrize("row", ["base", "untied", "residual-as-computed"])
-def test_mixed_precision(row):
-    """float32 parameters, bfloat16 compute: logits bfloat16, gradients float32, as near to float64 as rounding allows."""
+def test_mixed_precision(row, monkeypatch):
+    """float32 parameters, bfloat16 compute: logits bfloat16, gradients float32, as near to float64 as rounding allows. Weights
+    rounded together are those that layers would round."""
     model = MambaLM(MambaConfig(**SIZES | {"d_model": 32, "dt_rank": 4} | MODELS[row]), "bfloat16")
     params = model.init(np.random.default_rng(7))
     reference, double = MambaLM(model.config), map_params(np.float64, params)
@@ -238,6 +239,10 @@ def test_mixed_precision(row):
     for path, array in got.items():
         assert path == "/0" or array.dtype == np.float32
         assert np.linalg.norm(array - wanted[path]) <= 3e-2 * np.linalg.norm(wanted[path]), path
+    monkeypatch.setattr(MambaLM, "_with_rounded_weights", lambda self, params: params)
+    logits, backprop = model(params, TOKENS)
+    again = flat([logits, backprop(dlogits)])
+    assert all(again[path].tobytes() == array.tobytes() for path, array in got.items())
 
 
 def test_gradients_are_built_as_parameters():

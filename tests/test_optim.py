@@ -4,6 +4,7 @@ import math
 
 import cases
 import dense
+import emulator
 import ml_dtypes
 import numpy as np
 import pytest
@@ -158,8 +159,11 @@ DTYPES = ["float32", "bfloat16", "float16", "float64"]
 
 def launch_all(dtype):
     p, m = np.ones((3, 40), cases.DTYPES[dtype]), np.ones((3, 40), arrays.compute_dtype(cases.DTYPES[dtype]))
-    training._adamw(np, [p, p], [p, m], [m, m], [m, m], [True, False], (0.5,) * 9)
-    training._clip(np, [p, m], 1.0)
+    memory = emulator.Memory()
+    training._adamw(memory, [p, p], [p, m], [m, m], [m, m], [True, False], (0.5,) * 9)
+    training._clip(memory, [p, m], 1.0)
+    if p.itemsize == 2:
+        training._rounded(memory, [m, m], p.dtype)
 
 
 @pytest.mark.parametrize(("file", "constants"), dense.instantiations(launch_all, DTYPES))

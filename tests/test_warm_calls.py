@@ -4,6 +4,7 @@ They need CuPy, but no GPU: the arrays lie at made-up addresses, and launches ar
 """
 
 import contextlib
+import copy
 import gc
 import itertools
 import weakref
@@ -14,6 +15,7 @@ import pytest
 import test_kernels
 
 from mambacupy import (
+    SelectiveScanSaved,
     checks,
     checks_conv,
     kernels,
@@ -38,6 +40,7 @@ def launched(monkeypatch):
         return cupy.cuda.MemoryPointer(memory, 0)
 
     monkeypatch.setattr(kernels, "address", lambda x: 0 if x is None else x.data.ptr)
+    monkeypatch.setattr(kernels, "addresses", list)  # so that a record shows which arrays they are of
     monkeypatch.setattr(kernels, "device_of", lambda x: contextlib.nullcontext())
     with cupy.cuda.using_allocator(alloc):
         yield recorder.launched
@@ -80,7 +83,8 @@ def test_a_call_of_the_same_kind_is_neither_checked_nor_planned_again(launched, 
     assert [launch[:-1] for launch in launched] == kernels_of_first
     forward, backward = launched[0][-1], launched[1][-1]
     assert all(forward[name] is second[name] for name in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias"))
-    assert forward["y"] is y and forward["states"] is saved.states and backward["du"] is grads.u
+    assert forward["y"] == y.data.ptr and forward["states"] == saved.states.data.ptr
+    assert backward["states"] is saved.states and backward["dy"] is y and backward["du"] == grads.u.data.ptr
     for name, x in grads._asdict().items():
         like = second[name]
         assert (x.shape, x.dtype, x.strides) == (like.shape, like.dtype, like.strides), name
@@ -117,6 +121,35 @@ def test_gradients_of_another_kind_are_checked(launched):
         selective_scan_bwd(y, saved, last_state[:1])
     with pytest.raises(TypeError, match="wanted the third result of selective_scan_fwd"):
         selective_scan_bwd(y, (y, last_state, saved))
+
+
+def test_what_was_saved_is_not_looked_at_again(launched, monkeypatch):
+    y, last_state, saved = selective_scan_fwd(**make())
+    selective_scan_bwd(y, saved, last_state)
+    looked_at, kind = [], plans._kind
+    monkeypatch.setattr(plans, "_kind", lambda x: looked_at.append(x) or kind(x))
+    selective_scan_bwd(y, saved, last_state)
+    assert [id(x) for x in looked_at] == [id(y), id(last_state)]
+
+
+OTHERS = {
+    "replaced": lambda saved: saved._replace(reverse=saved.reverse),
+    "built": lambda saved: SelectiveScanSaved(*saved),
+    "copied": copy.copy,
+}
+
+
+@pytest.mark.parametrize("made", OTHERS)
+def test_what_else_is_saved_is_looked_at(launched, made):
+    y, last_state, saved = selective_scan_fwd(**make())
+    selective_scan_bwd(y, saved, last_state)
+    other = OTHERS[made](saved)
+    assert type(other) is SelectiveScanSaved and all(one is two for one, two in zip(saved, other, strict=True))
+    selective_scan_bwd(y, other, last_state)
+    assert repr(launched[1][:-1]) == repr(launched[3][:-1])
+    other = OTHERS[made](other._replace(A=on_gpu(np.empty((24, 17), np.float32))))
+    with pytest.raises(ValueError, match=r"saved\.states has shape"):
+        selective_scan_bwd(y, other)
 
 
 def test_plans_depend_on_alignment_strides_and_options(launched):

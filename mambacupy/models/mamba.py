@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from mambacupy import arrays
-from mambacupy.layers import Block, Checkpoint, Embedding, LayerNorm, Linear, MambaMixer, RMSNorm
+from mambacupy.layers import Block, Checkpoint, Embedding, LayerNorm, Linear, MambaMixer, RMSNorm, round_weights
 from mambacupy.models.config import MambaConfig
 
 __all__ = ["MambaLM"]
@@ -143,6 +143,7 @@ class MambaLM:
             A kind, dtype or shape does not fit; the message names it.
         """
         places, lengths, tokens, state = self._check(params, tokens, state, mask)
+        params = self._with_rounded_weights(params)
         block = Checkpoint(self.block) if self.checkpoint else self.block
         x, embedding_backward = self.embedding(params["embedding"], tokens)
         backward = []
@@ -166,12 +167,10 @@ class MambaLM:
             for backprop_layer in reversed(backward):
                 dx, grads = backprop_layer(dx)
                 layer_grads.append(grads)
-            _, embedding_grads = embedding_backward(dx)
+            tied = self.config.tie_embeddings
+            _, embedding_grads = embedding_backward(dx, head_grads["weight"] if tied else None)
             grads = {"embedding": embedding_grads, "layers": layer_grads[::-1], "norm_f": norm_grads}
-            if not self.config.tie_embeddings:
-                return grads | {"lm_head": head_grads}
-            embedding_grads["weight"] += head_grads["weight"]
-            return grads
+            return grads if tied else grads | {"lm_head": head_grads}
 
         logits_shape = logits.shape
         return logits, backprop
@@ -203,6 +202,15 @@ class MambaLM:
     # ------------------------------------------------------------------------------------------------ what comes in
     def _head_params(self, params):
         return params["embedding" if self.config.tie_embeddings else "lm_head"]
+
+    def _with_rounded_weights(self, params):
+        """params for layers, with what mixed precision rounds of them."""
+        weight = params["embedding"]["weight"]
+        dtype = self._dtype(weight)
+        if dtype.itemsize > 2 or weight.dtype != arrays.FLOAT32:
+            return params
+        maps = {"in_proj", "x_proj", "dt_proj", "out_proj", "embedding" if self.config.tie_embeddings else "lm_head"}
+        return round_weights(params, maps, weight, dtype)
 
     def _dtype(self, weight):
         return arrays.FLOAT_DTYPES[self.dtype] if self.dtype else weight.dtype

@@ -224,11 +224,11 @@ def backward(args, dy, dfinal_state):
         parts = xp.empty((count, rows, args.dim), real)
         launch(given | {"dx": dx, "parts": parts})
     dweight, dbias = xp.empty(args.weight.shape, args.weight.dtype), None
-    pairs = [(parts, dweight)]
+    sums = [None, parts, dweight]
     if args.bias is not None:
         dbias = xp.empty(args.bias.shape, args.bias.dtype)
-        pairs.append((parts[:, args.width], dbias))
-    launch_sum(pairs)
+        sums += [parts[:, args.width], dbias]
+    launch_sum(kernels.addresses(sums))
     return CausalConv1dGrads(dx, dweight, dbias, dinitial_state)
 
 

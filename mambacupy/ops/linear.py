@@ -154,7 +154,7 @@ def embedding_fwd(tokens, weight):
     return y, saved
 
 
-def embedding_bwd(dy, saved):
+def embedding_bwd(dy, saved, *, onto=None):
     """Gradient of `embedding_fwd`.
 
     Parameters
@@ -163,6 +163,8 @@ def embedding_bwd(dy, saved):
         Gradient of y: weight's dtype, or float32 where that is a 16-bit one.
     saved : EmbeddingSaved
         Second result of `embedding_fwd`; its tokens must not have been written to since.
+    onto : array (vocabulary, dim), optional
+        What the gradient is added to, of weight's dtype: where weight went elsewhere too. It may be written to.
 
     Returns
     -------
@@ -179,11 +181,11 @@ def embedding_bwd(dy, saved):
     Tokens are sorted and equal ones added up in a fixed order, so results are bit-identical from run to run. CuPy tokens out of
     range have no gradient.
     """
-    xp = checks_dense.embedding_bwd("embedding_bwd", saved, dy)
+    xp = checks_dense.embedding_bwd("embedding_bwd", saved, dy, onto)
     if xp.__name__ == "numpy":
-        return reference.embedding_bwd(dy, saved)
+        return reference.embedding_bwd(dy, saved, onto=onto)
     with dy.device:
-        dweight = xp.zeros((saved.vocabulary, saved.dim), saved.dtype)
+        dweight = xp.zeros((saved.vocabulary, saved.dim), saved.dtype) if onto is None else rows.contiguous(xp, onto)
         if dy.size:
             _embedding_backward(xp, dy, saved, dweight)
     return EmbeddingGrads(dweight)

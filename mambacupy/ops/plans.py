@@ -100,8 +100,8 @@ that none is left with a block of its own at the end."""
 _TYPES = {"float16": 1, "bfloat16": 2}
 
 
-def sums_of_parts(real, sums, reals=1):
-    """The launch that adds up parts in a fixed order: it takes pairs (parts, out), one for each of `sums`.
+def sums_of_parts(real, sums, reals=1, places=None):
+    """The launch that adds up parts in a fixed order. It takes addresses, of which the first is null.
 
     Parameters
     ----------
@@ -111,23 +111,21 @@ def sums_of_parts(real, sums, reals=1):
         At most MOST_SUMS; an `out` is of the dtype `real`, or of 16 bits.
     reals : int
         2 where values are complex.
+    places : tuple of int, optional
+        Where among the addresses parts and out of each of `sums` are, in turn: right behind the null by default.
     """
-    return _remembered(("sums", real, sums, reals), _prepare_sums, real, sums, reals)
+    places = places or tuple(range(1, 2 * len(sums) + 1))
+    return _remembered(("sums", real, sums, reals, places), _prepare_sums, real, sums, reals, places)
 
 
-def _prepare_sums(real, sums, reals):
+def _prepare_sums(real, sums, reals, places):
     layouts = [_layout_of_sum(x, real) for x in sums]
     layouts += [dict.fromkeys(layouts[0], 0)] * (MOST_SUMS - len(sums))
     numbers = {f"{name}{k}": value for k, layout in enumerate(layouts) for name, value in layout.items()} | {"reals": reals}
     blocks = sum(layout["blocks"] for layout in layouts)
-    launch = _prepare("sum_parts.cu", "sum_parts", {"REAL": kernels.C_TYPES[real]}, blocks, 256, numbers)
     names = [f"{name}{k}" for k in range(MOST_SUMS) for name in ("parts", "out")]
-    unused = [None] * (len(names) - 2 * len(sums))
-
-    def launch_pairs(pairs):
-        launch(dict(zip(names, [x for pair in pairs for x in pair] + unused, strict=True)))
-
-    return launch_pairs
+    order = dict.fromkeys(names, 0) | dict(zip(names, places, strict=False))
+    return kernels.get("sum_parts.cu", "sum_parts", {"REAL": kernels.C_TYPES[real]}).prepare(blocks, 256, numbers, order=order)
 
 
 def _layout_of_sum(x, real):
@@ -211,8 +209,9 @@ class Fresh(NamedTuple):
     """One allocation of a call."""
 
     size: int
-    arrays: tuple  # (name, start, shape, dtype, strides or None where C-contiguous)
-    scratch: tuple  # (name, start) of what kernels alone see, by its address
+    names: tuple  # of arrays, and of what kernels alone see, by its address
+    starts: tuple  # of these
+    arrays: tuple  # (start, shape, dtype, strides or None where C-contiguous)
 
 
 def fresh(arrays, scratch=None):
@@ -235,21 +234,26 @@ def fresh(arrays, scratch=None):
     if size > TOGETHER and len(starts) > 1:
         alone = [fresh({name: x}) for name, x in arrays.items()] + [fresh({}, {name: n}) for name, n in (scratch or {}).items()]
         return [one for (one,) in alone]
-    placed = tuple((name, starts[name], *x) for name, x in arrays.items())
-    return [Fresh(size, placed, tuple((name, starts[name]) for name in scratch or ()))] if starts else []
+    placed = tuple((starts[name], *x) for name, x in arrays.items())
+    return [Fresh(size, tuple(starts), tuple(starts.values()), placed)] if starts else []
 
 
-def allocate(xp, allocations, given):
-    """Put fresh arrays, and addresses of scratch, into `given` by name. Scratch lasts as long as what comes back is kept."""
-    held, ndarray = [], xp.ndarray
-    for size, arrays, scratch in allocations:
+def allocate(xp, allocations):
+    """Fresh arrays; the addresses of these and of scratch; and what scratch lasts as long as.
+
+    Returns
+    -------
+    arrays, addresses, held : list
+        In the order of the names in `allocations`.
+    """
+    made, addresses, held, ndarray = [], [], [], xp.ndarray
+    for size, _, starts, arrays in allocations:
         memory = xp.cuda.alloc(size)
+        first = memory.ptr
+        made += [ndarray(shape, dtype, memory + start, strides) for start, shape, dtype, strides in arrays]
+        addresses += [first + start for start in starts]
         held.append(memory)
-        for name, start, shape, dtype, strides in arrays:
-            given[name] = ndarray(shape, dtype, memory + start, strides)
-        for name, start in scratch:
-            given[name] = memory.ptr + start
-    return held
+    return made, addresses, held
 
 
 def room(sizes):

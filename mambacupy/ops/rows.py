@@ -55,5 +55,6 @@ def sum_parts(xp, *pairs):
     of `like`. Parts are fresh memory, of one dtype."""
     sums = tuple(plans.Sum(like.dtype.name, *parts.shape) for parts, like in pairs)
     outs = [xp.empty(like.shape, like.dtype) for _, like in pairs]
-    plans.sums_of_parts(pairs[0][0].dtype.name, sums)([(parts, out) for (parts, _), out in zip(pairs, outs, strict=True)])
+    in_turn = [x for (parts, _), out in zip(pairs, outs, strict=True) for x in (parts, out)]
+    plans.sums_of_parts(pairs[0][0].dtype.name, sums)(kernels.addresses((None, *in_turn)))
     return outs

@@ -1,6 +1,8 @@
 """The selective scan on a GPU: from checked CuPy arrays to launches of the kernels in cuda_src/."""
 
 import math
+import operator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from mambacupy import arrays, kernels
@@ -56,16 +58,19 @@ def _coefficient_strides(x, groups, complex_states):
 
 
 # ---------------------------------------------------------------------------------------------------- plans
-class _Plan(NamedTuple):
-    """All of a call but its arrays."""
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """All of a call but its arrays. As a key it stands for itself."""
 
     xp: Any
     axis: int  # of u that is contiguous in memory, and of all tensors like u
+    names: tuple  # of the arrays that come
     fresh: list  # what a call allocates
+    results: Any  # picks the results from the fresh arrays and a None behind them
+    order: dict = None  # where what stands among the addresses that launches get, by name
     copied: tuple = ()  # names of tensors that have to be copied into that order
     split: tuple = ()  # names of other arrays that have to be copied because their elements lie across boundaries
     slices: list = ()  # (slice of the states or None for all, launches); none where u is empty
-    sums: tuple = ()  # names of the gradients that are sums over blocks
     launch_sums: Any = None  # after the slices
 
 
@@ -144,7 +149,7 @@ def _slices(state, most):
     return [(slice(n, min(n + most, state)), min(most, state - n)) for n in range(0, state, most)]
 
 
-def _launches(args, layout, name, common, numbers, entering, backward):
+def _launches(args, layout, name, common, numbers, entering, backward, order):
     """Launches that scan one slice of the states: the kernel, and before it those that find what enters each part of time."""
     file, blocks = f"{name}.cu", args.batch * layout.splits * common.blocks_per_batch
 
@@ -152,7 +157,8 @@ def _launches(args, layout, name, common, numbers, entering, backward):
 
     def prepare(carries_only):
         constants = common.constants | {"CARRIES_ONLY": carries_only, "CHAINS": int(chains)}
-        return kernels.get(file, name, constants, layout.shared_bytes).prepare(blocks, layout.threads * layout.teams, numbers)
+        kernel = kernels.get(file, name, constants, layout.shared_bytes)
+        return kernel.prepare(blocks, layout.threads * layout.teams, numbers, order=order)
 
     if layout.splits == 1:
         return [prepare(0)]
@@ -163,13 +169,7 @@ def _launches(args, layout, name, common, numbers, entering, backward):
     combine = kernels.get("combine_carries.cu", "combine_carries", types)
     numbers = numbers | {"batch": args.batch} | plans.strides(entering, enters_batch=0, enters_dim=1, enters_state=2)
     states = args.batch * args.dim * numbers["state"]
-    return [prepare(1), combine.prepare(-(-states // 256), 256, numbers), prepare(0)]
-
-
-_LAST_AXIS_IS_STATE = {
-    "A", "initial_state", "last_state", "states", "carries", "enters",
-    "dlast_state", "dinitial_state", "dA_parts", "dB_parts", "dC_parts",
-}  # fmt: skip
+    return [prepare(1), combine.prepare(-(-states // 256), 256, numbers, order=order), prepare(0)]
 
 
 def _carries(args, layout):
@@ -181,47 +181,69 @@ def _carries(args, layout):
     return {"carries": channels * args.state * args.A.itemsize, "totals": channels * real_bytes}
 
 
-def _slice_of(given, here):
-    """The arrays of a launch, cut to a slice of the states."""
-    cut, state_bytes = {}, given["A"].itemsize
-    for name, x in given.items():
-        if x is None:
-            cut[name] = None
-        elif type(x) is int:  # an address
-            cut[name] = x + here.start * state_bytes if name in _LAST_AXIS_IS_STATE else x
-        elif name in _LAST_AXIS_IS_STATE or (name in "BC" and x.ndim == 2):
-            cut[name] = x[..., here]
-        else:
-            cut[name] = x[..., here, :] if name in "BC" else x
-    return cut
+# ---------------------------------------------------------------------------------------------------- calls
+_FORWARD = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
+"""Arrays of a call, as `SelectiveScanSaved` orders them."""
+
+_BACKWARD = (*_FORWARD, "states", "dy", "dlast_state")
+
+_MAY_BE_MISSING = ("carries", "totals", "states", "dz", "dD", "dbias", "dinitial_state", "dD_parts", "dbias_parts")
 
 
-_TENSORS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
-"""Arguments in the order of `SelectiveScanSaved`."""
+def _order(names, fresh, enters, came, left):
+    """Where what stands among the addresses of a call: null, what `came` and what `left` in sums over slices of the states, the
+    arrays that come, and fresh memory. `enters` names the states that enter where the walk begins."""
+    order = {name: 3 + i for i, name in enumerate((*names, *(name for one in fresh for name in one.names)))}
+    return dict.fromkeys(_MAY_BE_MISSING, 0) | {came: 1, left: 2} | order | {"enters": order[enters]}
 
-_NOTHING = dict.fromkeys(("carries", "totals", "states", "dz", "dD", "dbias", "dinitial_state", "dD_parts", "dbias_parts"))
+
+def _results(fresh, names):
+    """What picks arrays by name from the fresh ones and a None behind them."""
+    made = [name for one in fresh for name in one.names[: len(one.arrays)]]
+    return operator.itemgetter(*(made.index(name) if name in made else -1 for name in names))
 
 
-def _given(plan, tensors, more):
-    """All arrays of a call by name, each as the plan wants it: its arguments, `more`, and fresh ones."""
-    given = {**_NOTHING, **dict(zip(_TENSORS, tensors, strict=True)), **more}
+def _as_wanted(plan, tensors):
+    """The arrays that came, copied where the plan says so."""
+    if not plan.copied and not plan.split:
+        return tensors
+    given = dict(zip(plan.names, tensors, strict=True))
     for name in plan.copied:
         given[name] = plans.in_order(given[name], plan.axis)
     for name in plan.split:
         given[name] = given[name].copy()
-    given["memory"] = plans.allocate(plan.xp, plan.fresh, given)  # held until all is launched
-    return given
+    return [*given.values()]
 
 
-def _run(plan, given, sums, came, left):
-    """Launch slice by slice; by `sums`, to the kernel `came` and `left`, each adds to the one before."""
-    last = len(plan.slices) - 1
+def _run(plan, tensors, fresh, sums):
+    """Launch slice by slice; by `sums`, to the kernel what came and what left, each adds to the one before. `fresh` are
+    addresses of what was allocated."""
+    addresses, last = [0, 0, 0, *kernels.addresses(tensors), *fresh], len(plan.slices) - 1
     for index, (here, launches) in enumerate(plan.slices):
-        given[came] = None if index == 0 else sums
-        given[left] = None if index == last else sums
-        now = given if here is None else _slice_of(given, here)
+        if last:
+            addresses[1:3] = 0 if index == 0 else sums, 0 if index == last else sums
+        now = addresses if here is None else _slice_of(plan, tensors, addresses, here.start)
         for launch in launches:
             launch(now)
+    if plan.launch_sums:
+        plan.launch_sums(addresses)
+
+
+_FRESH_STATES = ("last_state", "states", "carries", "dinitial_state", "dA_parts", "dB_parts", "dC_parts")
+
+
+def _slice_of(plan, tensors, addresses, start):
+    """The addresses moved on to a slice of the states that begins at `start`."""
+    given = dict(zip(plan.names, tensors, strict=True))
+    distances = dict.fromkeys(_FRESH_STATES, start * given["A"].itemsize)  # states are their last axis
+    for name in ("A", "B", "C", "initial_state", "dlast_state"):
+        if (x := given.get(name)) is not None:  # where B and C vary, time comes behind the states
+            distances[name] = start * x.strides[-2 if name in "BC" and x.ndim > 2 else -1]
+    moved = list(addresses)
+    for name, distance in distances.items():
+        if moved[place := plan.order.get(name, 0)]:
+            moved[place] += distance
+    return moved
 
 
 # ---------------------------------------------------------------------------------------------------- forward
@@ -236,7 +258,8 @@ def plan_forward(args, delta_softplus, reverse, save):
         `save`: keep the states at chunk borders.
     """
     if args.u.size == 0:
-        return _Plan(args.xp, 2, _fresh_results(args, 2, save, {}))
+        fresh = _fresh_results(args, 2, save, {})
+        return _Plan(args.xp, 2, _FORWARD, fresh, _results(fresh, _RESULTS))
     args, split = _made_whole(args)
     most = mapping.states_of_a_launch_forward(args)
     layout = mapping.forward(args, min(args.state, most), kernels.device())
@@ -244,12 +267,17 @@ def plan_forward(args, delta_softplus, reverse, save):
     common = _common(args, layout, tensors, delta_softplus, reverse)
     common = common._replace(constants=common.constants | {"SLICED": int(args.state > most)})
     numbers = common.numbers | plans.strides(args.initial_state, init_batch=0, init_dim=1, init_state=2)
+    fresh = _fresh_results(args, common.axis, save, _carries(args, layout))
+    order = _order(_FORWARD, fresh, "initial_state", "parts_in", "parts_out")
     slices = [
-        (here, _launches(args, layout, "selective_scan_fwd", common, numbers | {"state": count}, args.initial_state, 0))
+        (here, _launches(args, layout, "selective_scan_fwd", common, numbers | {"state": count}, args.initial_state, 0, order))
         for here, count in _slices(args.state, most)
     ]
-    fresh = _fresh_results(args, common.axis, save, _carries(args, layout))
-    return _Plan(args.xp, common.axis, fresh, common.copied, split, slices)
+    results = _results(fresh, _RESULTS)
+    return _Plan(args.xp, common.axis, _FORWARD, fresh, results, order, common.copied, split, slices)
+
+
+_RESULTS = ("y", "last_state", "states")
 
 
 def _fresh_results(args, axis, save, scratch):
@@ -279,16 +307,18 @@ def forward(plan, tensors):
     y, last_state, states : array
         `states` (batch, chunks, dim, state) holds the state that enters each chunk; None where the plan does not save them.
     """
-    given = _given(plan, tensors, {})
-    initial_state, u = given["initial_state"], given["u"]
+    tensors = _as_wanted(plan, tensors)
+    made, addresses, held = plans.allocate(plan.xp, plan.fresh)
+    y, last_state, states = plan.results((*made, None))
+    u, initial_state = tensors[0], tensors[-1]
     if not plan.slices:
-        given["last_state"][...] = 0 if initial_state is None else initial_state
-    given["enters"] = initial_state
+        last_state[...] = 0 if initial_state is None else initial_state
     parts = None
     if len(plan.slices) > 1:  # every slice of the states but the last leaves its part of Σ_n C·h here
         parts = plans.empty(plan.xp, u.shape, arrays.compute_dtype(u.dtype), plan.axis)
-    _run(plan, given, parts, "parts_in", "parts_out")
-    return given["y"], given["last_state"], given["states"]
+    _run(plan, tensors, addresses, kernels.address(parts))
+    del held  # not before all is launched
+    return y, last_state, states
 
 
 # ---------------------------------------------------------------------------------------------------- backward
@@ -307,7 +337,8 @@ def plan_backward(args, delta_softplus, reverse, dy, dlast_state, B, C):
         As the caller gave them; their gradients have their shapes.
     """
     if args.u.size == 0:
-        return _Plan(args.xp, 2, _fresh_gradients(args, 2, B, C, {}))
+        fresh = _fresh_gradients(args, 2, B, C, {})
+        return _Plan(args.xp, 2, _BACKWARD, fresh, _results(fresh, _GRADIENTS))
     args, split = _made_whole(args)
     if dlast_state is not None and not plans.is_whole(dlast_state):
         dlast_state, split = dlast_state.copy(), (*split, "dlast_state")
@@ -320,16 +351,19 @@ def plan_backward(args, delta_softplus, reverse, dy, dlast_state, B, C):
     common = common._replace(constants=common.constants | {"DY_T": kernels.C_TYPES[dy.dtype.name], "SLICED": sliced})
     numbers = common.numbers | {"plane": args.u.size}
     numbers |= plans.strides(dlast_state, dlast_batch=0, dlast_dim=1, dlast_state_stride=2)
-    slices = [
-        (here, _launches(args, layout, "selective_scan_bwd", common, numbers | {"state": count}, dlast_state, 1))
-        for here, count in _slices(args.state, most)
-    ]
     sums = _sums(args, layout, common)
     real = arrays.compute_dtype(args.u.dtype)
     sizes = {f"{name}_parts": x.outer * x.count * x.rows * x.columns * real.itemsize for name, x in sums.items()}
-    launch_sums = plans.sums_of_parts(real.name, tuple(sums.values()), 1 + args.complex)
     fresh = _fresh_gradients(args, common.axis, B, C, _carries(args, layout) | sizes)
-    return _Plan(args.xp, common.axis, fresh, common.copied, split, slices, tuple(sums), launch_sums)
+    order = _order(_BACKWARD, fresh, "dlast_state", "sums_in", "sums_out")
+    slices = [
+        (here, _launches(args, layout, "selective_scan_bwd", common, numbers | {"state": count}, dlast_state, 1, order))
+        for here, count in _slices(args.state, most)
+    ]
+    places = tuple(order[x] for name in sums for x in (f"{name}_parts", name))
+    launch_sums = plans.sums_of_parts(real.name, tuple(sums.values()), 1 + args.complex, places)
+    results = _results(fresh, _GRADIENTS)
+    return _Plan(args.xp, common.axis, _BACKWARD, fresh, results, order, common.copied, split, slices, launch_sums)
 
 
 def _sums(args, layout, common):
@@ -364,25 +398,23 @@ def _fresh_gradients(args, axis, B, C, scratch):
     return plans.fresh(parameters) + plans.fresh(others, scratch)
 
 
-def backward(plan, tensors, states, dy, dlast_state):
+def backward(plan, tensors):
     """Gradients of a scan.
 
     Parameters
     ----------
     plan : from `plan_backward`
     tensors : sequence of array or None
-        Arguments of the forward scan, as `forward` takes them.
-    states : array (batch, chunks, dim, state)
-        As `forward` kept them.
-    dy, dlast_state : array
-        Gradients of y and, or None, of last_state.
+        Arguments of the forward scan, as `forward` takes them; states, as it kept them; dy, and dlast_state.
 
     Returns
     -------
     SelectiveScanGrads
     """
-    given = _given(plan, tensors, {"states": states, "dy": dy, "dlast_state": dlast_state})
-    grads = SelectiveScanGrads(*[given[name] for name in _GRADIENTS])
+    tensors = _as_wanted(plan, tensors)
+    dy, dlast_state = tensors[-2:]
+    made, addresses, held = plans.allocate(plan.xp, plan.fresh)
+    grads = SelectiveScanGrads(*plan.results((*made, None)))
     if not plan.slices:
         for x in grads:
             if x is not None:
@@ -390,12 +422,11 @@ def backward(plan, tensors, states, dy, dlast_state):
         if grads.initial_state is not None and dlast_state is not None:
             grads.initial_state[...] = dlast_state
         return grads
-    given["enters"] = given["dlast_state"]
     sums = None
     if len(plan.slices) > 1:  # every slice of the states but the last leaves its part of the sums over n here
-        sums = plans.empty(plan.xp, (3, *dy.shape), arrays.compute_dtype(given["u"].dtype), plan.axis)
-    _run(plan, given, sums, "sums_in", "sums_out")
-    plan.launch_sums([(given[f"{name}_parts"], given[name]) for name in plan.sums])
+        sums = plans.empty(plan.xp, (3, *dy.shape), arrays.compute_dtype(dy.dtype), plan.axis)
+    _run(plan, tensors, addresses, kernels.address(sums))
+    del held  # not before all is launched
     return grads
 
 

@@ -157,13 +157,16 @@ def selective_scan_bwd(dy, saved, dlast_state=None):
         checks.selective_scan_bwd("selective_scan_bwd", saved, dy, dlast_state)
     if type(dy) is np.ndarray:  # which passes the gate there, as all that comes with it
         return reference.selective_scan_bwd(dy, saved, dlast_state)
-    *tensors, states, delta_softplus, reverse, discretization = saved
-    options = (bool(delta_softplus), bool(reverse), discretization)
-    plan = plans.planned(_plan_backward, (saved, dy, dlast_state), (*tensors, states, dy, dlast_state), options)
+    tensors = saved[:10]  # the arguments, and states
+    if saved.plan is None:
+        known, options = (*tensors, dy, dlast_state), (bool(saved.delta_softplus), bool(saved.reverse), saved.discretization)
+    else:  # which follows from all but these
+        known, options = (dy, dlast_state), (saved.plan,)
+    plan = plans.planned(_plan_backward, (saved, dy, dlast_state), known, options)
     if plan is None:
         return reference.selective_scan_bwd(dy, saved, dlast_state)
     with kernels.device_of(dy):
-        return scan_kernels.backward(plan, tensors, states, dy, dlast_state)
+        return scan_kernels.backward(plan, (*tensors, dy, dlast_state))
 
 
 def _scan(operation, tensors, delta_softplus, reverse, discretization, save):
@@ -182,7 +185,10 @@ def _scan(operation, tensors, delta_softplus, reverse, discretization, save):
         return y, last_state, None
     with kernels.device_of(tensors[0]):
         y, last_state, states = scan_kernels.forward(plan, tensors)
-    saved = SelectiveScanSaved(*tensors, states, delta_softplus, reverse, discretization) if save else None
+    if not save:
+        return y, last_state, None
+    saved = SelectiveScanSaved(*tensors, states, delta_softplus, reverse, discretization)
+    saved.plan = plan
     return y, last_state, saved
 
 

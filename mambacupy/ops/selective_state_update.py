@@ -68,24 +68,26 @@ def selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, 
 _ARRAYS = ("state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias")
 
 
+_ORDER = {name: i for i, name in enumerate((*_ARRAYS, "y"))}
+
+
 class _Plan(NamedTuple):
     """All of a step but its arrays."""
 
     xp: Any
-    split: tuple  # names of arrays that have to be copied because their elements lie across boundaries
+    split: tuple  # places of arrays that have to be copied because their elements lie across boundaries
     launch: Any  # None where there is nothing to do
 
 
 def _on_gpu(plan, tensors):
-    given = dict(zip(_ARRAYS, tensors, strict=True))
-    state, x = given["state"], given["x"]
-    given["y"] = y = plan.xp.ndarray(x.shape, x.dtype)
-    for name in plan.split:
-        given[name] = given[name].copy()
+    state, x, *_ = tensors
+    y = plan.xp.ndarray(x.shape, x.dtype)
+    if plan.split:
+        tensors = [x.copy() if place in plan.split else x for place, x in enumerate(tensors)]
     if plan.launch is not None:
-        plan.launch(given)
-    if "state" in plan.split:
-        state[...] = given["state"]
+        plan.launch(kernels.addresses((*tensors, y)))
+    if tensors[0] is not state:
+        state[...] = tensors[0]
     return y
 
 
@@ -102,7 +104,7 @@ def _plan(args, dt_softplus):
     if args.x.size == 0:
         return _Plan(args.xp, (), None)
     copies = {name: x.copy() for name in _ARRAYS if (x := getattr(args, name)) is not None and not plans.is_whole(x)}
-    return _Plan(args.xp, tuple(copies), _launch(args._replace(**copies), dt_softplus))
+    return _Plan(args.xp, tuple(map(_ARRAYS.index, copies)), _launch(args._replace(**copies), dt_softplus))
 
 
 def _launch(args, dt_softplus):
@@ -142,7 +144,7 @@ def _launch(args, dt_softplus):
     numbers |= {name: stride * reals for name, stride in of_states.items()}
     threads = args.batch * args.dim * lanes
     kernel = kernels.get("selective_state_update.cu", "selective_state_update", constants)
-    return kernel.prepare(-(-threads // THREADS), THREADS, numbers)
+    return kernel.prepare(-(-threads // THREADS), THREADS, numbers, order=_ORDER)
 
 
 def _fits(x, vector):

@@ -1,7 +1,7 @@
-"""AdamW's step and clipping over many arrays at once.
+"""AdamW's step, clipping and rounding over many arrays at once.
 
-NumPy arrays run `mambacupy.reference.training`; CuPy arrays run cuda_src/adamw.cu and cuda_src/clip.cu, one launch for all
-arrays of the same dtypes: a launch for each would take the host longer than the GPU.
+NumPy arrays run `mambacupy.reference.training`; CuPy arrays run cuda_src/adamw.cu, cuda_src/clip.cu and cuda_src/round.cu, one
+launch for all arrays of the same dtypes: a launch for each would take the host longer than the GPU.
 """
 
 import math
@@ -13,7 +13,7 @@ from mambacupy import arrays, kernels
 from mambacupy.ops import plans, rows
 from mambacupy.reference import training as reference
 
-__all__ = ["adamw", "clip"]
+__all__ = ["adamw", "clip", "rounded"]
 
 THREADS, ITEMS = 256, 4
 """Of a block, and packs of a thread, as cuda_src/many.cuh has them."""
@@ -73,6 +73,26 @@ def clip(grads, most):
         return _clip(xp, grads, most)
 
 
+def rounded(given, dtype):
+    """Copies of float32 arrays in float16 or bfloat16.
+
+    Parameters
+    ----------
+    given : list of array
+    dtype : dtype
+
+    Returns
+    -------
+    list of array
+        In fresh memory.
+    """
+    xp = _check("rounded", {"given": given})
+    if xp is np:
+        return reference.rounded(given, dtype)
+    with given[0].device:
+        return _rounded(xp, given, dtype)
+
+
 def _check(operation, named):
     """The library that all arrays share; they are alike in shape."""
     first, firsts = next(iter(named.items()))
@@ -128,12 +148,21 @@ def _plain(xp, given):
     return [x if x.flags.c_contiguous and not address(x) % x.itemsize else rows.contiguous(xp, x) for x in given]
 
 
-def _fresh(xp, like):
-    """Arrays of these shapes and dtypes in one allocation: hundreds, made where a step's activations have just been freed,
-    would leave the pool in pieces too small for those of the next."""
-    starts, size = plans.room({i: x.nbytes for i, x in enumerate(like)})
-    room = xp.empty(size, np.dtype(np.uint8))
-    return [room[starts[i] : starts[i] + x.nbytes].view(x.dtype).reshape(x.shape) for i, x in enumerate(like)]
+def _rounded(xp, given, dtype):
+    given = _plain(xp, given)
+    made = _fresh(xp, given, dtype)
+    many = _Many(xp, [given, made])
+    many.launch("round.cu", "round_all", {"Y_T": kernels.C_TYPES[dtype.name]}, many.blocks, {}, {})
+    return made
+
+
+def _fresh(xp, like, dtype=None):
+    """Arrays of these shapes and dtypes, or one dtype, in one allocation: hundreds, made where a step's activations have just
+    been freed, would leave the pool in pieces too small for those of the next."""
+    dtypes = [dtype or x.dtype for x in like]
+    starts, size = plans.room({i: x.size * kind.itemsize for i, (x, kind) in enumerate(zip(like, dtypes, strict=True))})
+    made = [(starts[i], x.shape, kind, None) for i, (x, kind) in enumerate(zip(like, dtypes, strict=True))]
+    return plans.allocate(xp, [plans.Fresh(size, (), (), made)])[0]
 
 
 def _groups(*nests):

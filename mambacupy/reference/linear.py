@@ -81,14 +81,14 @@ def embedding_fwd(tokens, weight):
     return weight[tokens], EmbeddingSaved(tokens, *weight.shape, weight.dtype)
 
 
-def embedding_bwd(dy, saved):
+def embedding_bwd(dy, saved, *, onto=None):
     """`mambacupy.ops.linear.embedding_bwd` for NumPy arrays: tokens sorted, then sums over those that are equal."""
-    checks_dense.embedding_bwd("embedding_bwd", saved, dy)
-    dweight = np.zeros((saved.vocabulary, saved.dim), saved.dtype)
+    checks_dense.embedding_bwd("embedding_bwd", saved, dy, onto)
+    dweight = np.zeros((saved.vocabulary, saved.dim), saved.dtype) if onto is None else onto.copy()
     tokens = saved.tokens.ravel()
     if dy.size:
         order = np.argsort(tokens, kind="stable")
         found, starts = np.unique(tokens[order], return_index=True)
         terms = rows(dy)[order].astype(arrays.compute_dtype(saved.dtype), copy=False)
-        dweight[found] = np.add.reduceat(terms, starts, axis=0).astype(saved.dtype)
+        dweight[found] = (dweight[found] + np.add.reduceat(terms, starts, axis=0)).astype(saved.dtype)
     return EmbeddingGrads(dweight)

@@ -29,10 +29,7 @@ CACHED_STATES = 8 * BLOCK_STATES
 """Numbers that a buffer of several steps holds: few enough to stay in cache."""
 
 
-class SelectiveScanSaved(NamedTuple):
-    """What a scan's backward pass needs: the arguments, by reference, and `states` (batch, ceil(length / 64), dim, state),
-    the state before the first step walked in each 64 steps of time."""
-
+class _Saved(NamedTuple):
     u: Any
     delta: Any
     A: Any
@@ -46,6 +43,20 @@ class SelectiveScanSaved(NamedTuple):
     delta_softplus: bool
     reverse: bool
     discretization: str
+
+
+class SelectiveScanSaved(_Saved):
+    """What a scan's backward pass needs: the arguments, by reference, and `states` (batch, ceil(length / 64), dim, state),
+    the state before the first step walked in each 64 steps of time.
+
+    `plan` is that of the call on a GPU which gave this. It stands for all that the arrays are: the backward pass need not look
+    at them again. It belongs to these very arrays: what else is built, by `_replace` or by `copy`, has none.
+    """
+
+    plan = None
+
+    def __reduce__(self):  # what `copy` and `pickle` build may have other arrays
+        return SelectiveScanSaved, tuple(self)
 
 
 class SelectiveScanGrads(NamedTuple):

@@ -1,4 +1,4 @@
-"""AdamW's step and clipping in NumPy, over lists of arrays."""
+"""AdamW's step, clipping and rounding in NumPy, over lists of arrays."""
 
 import numpy as np
 
@@ -24,3 +24,8 @@ def clip(grads, most):
     norm = sum((g.astype(arrays.compute_dtype(g.dtype)) ** 2).sum() for g in grads) ** 0.5
     scale = np.minimum(1, most / (norm + 1e-6))
     return [(g * scale).astype(g.dtype) for g in grads], norm
+
+
+def rounded(given, dtype):
+    """`mambacupy.ops.training.rounded` for NumPy arrays."""
+    return [x.astype(dtype) for x in given]
