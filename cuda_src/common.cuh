@@ -130,10 +130,26 @@ DEVICE Pack<T, COUNT> load_with_line(const T* from) {
 #endif
 }
 
+// One instruction. Left to itself, the compiler stores a pack word by word.
+template <typename T, int COUNT>
+DEVICE void store_at_once(T* to, const Pack<T, COUNT>& pack) {
+#ifdef __CUDA_ARCH__
+    const auto* w = pack.bits.word;
+    if constexpr (sizeof(pack) == 16)
+        asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" : : "l"(to), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]));
+    else if constexpr (sizeof(pack) == 8)
+        asm volatile("st.global.v2.u32 [%0], {%1, %2};" : : "l"(to), "r"(w[0]), "r"(w[1]));
+    else
+        *reinterpret_cast<Pack<T, COUNT>*>(to) = pack;
+#else
+    *reinterpret_cast<Pack<T, COUNT>*>(to) = pack;
+#endif
+}
+
 template <typename T, int COUNT>
 DEVICE void store_pack(T* __restrict__ to, const Pack<T, COUNT>& pack, int valid) {
     if (valid >= COUNT) {
-        *reinterpret_cast<Pack<T, COUNT>*>(to) = pack;
+        store_at_once(to, pack);
     } else {
 #pragma unroll
         for (int j = 0; j < COUNT - 1; ++j) if (j < valid) to[j] = pack.get(j);
@@ -149,7 +165,7 @@ DEVICE Pack<T, COUNT> load_whole(const T* __restrict__ from, bool exists) {
 }
 template <typename T, int COUNT>
 DEVICE void store_whole(T* __restrict__ to, const Pack<T, COUNT>& pack, bool exists) {
-    if (exists) *reinterpret_cast<Pack<T, COUNT>*>(to) = pack;
+    if (exists) store_at_once(to, pack);
 }
 
 // COUNT elements by accesses to AT_ONCE of them, where those before `valid` exist; AT_ONCE divides that.

@@ -215,7 +215,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
         x.u = load_by<ACCESS, element, VECTOR>(from(p.u, p.u_batch, p.u_row), item.valid);
         x.delta = load_by<ACCESS, element, VECTOR>(from(p.delta, p.delta_batch, p.delta_row), item.valid);
         x.dy = load_by<ACCESS, DY_T, VECTOR>(from(p.dy, p.dy_batch, p.dy_row), item.valid);
-        if (p.z) x.z = load_by<ACCESS, element, VECTOR>(from(p.z, p.z_batch, p.z_row), item.valid);
+        if (GATED) x.z = load_by<ACCESS, element, VECTOR>(from(p.z, p.z_batch, p.z_row), item.valid);
         return x;
     };
     auto prefetch_tile = [&](long long t0) {                           // all of the tile that begins at t0
@@ -230,7 +230,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
             prefetch(from(p.u, p.u_batch, p.u_row));
             prefetch(from(p.delta, p.delta_batch, p.delta_row));
             prefetch(from(p.dy, p.dy_batch, p.dy_row));
-            if (p.z) prefetch(from(p.z, p.z_batch, p.z_row));
+            if (GATED) prefetch(from(p.z, p.z_batch, p.z_row));
         }
         const Coefficient<B_T> B = {shared.B_base, p.B_state, p.B_time, p.B_imag};
         const Coefficient<C_T> C = {shared.C_base, p.C_state, p.C_time, p.C_imag};
@@ -332,10 +332,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
             real dt[VECTOR], gy[VECTOR];                               // loop by loop, so that elements hide each other's latencies
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) dt[j] = to_real(now.delta.get(j)) + shared.bias[item.channel(j)];
-            if (p.delta_softplus) softplus_each(dt);
+            if (SOFTPLUS) softplus_each(dt);
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) gy[j] = to_real(now.dy.get(j));
-            if (p.z) {
+            if (GATED) {
 #pragma unroll
                 for (int j = 0; j < VECTOR; ++j) {
                     const real gate = to_real(now.z.get(j));
@@ -602,7 +602,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
                 dt[j] = to_real(now.delta.get(j)) + shared.bias[item.channel(j) % BLOCK_CHANNELS];
                 slope[j] = 1;
             }
-            if (p.z) {
+            if (GATED) {
 #pragma unroll
                 for (int j = 0; j < VECTOR; ++j) {
                     real gate = to_real(now.z.get(j)), s = sigmoid(gate);
@@ -612,7 +612,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
                 }
                 store(p.dz, out);
             }
-            if (p.delta_softplus) softplus_each(dt, &slope);
+            if (SOFTPLUS) softplus_each(dt, &slope);
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
                 const real x = to_real(now.u.get(j));

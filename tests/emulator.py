@@ -59,7 +59,6 @@ REPLACED = {
     "return exp2f(x);": "return exp2_of_hardware(x);",
     # An access of several elements must be aligned, as a GPU demands.
     "if (exists) pack = *reinterpret_cast<const Pack<T, COUNT>*>(from);": "if (exists) { if ((size_t)from % sizeof(pack)) abort(); memcpy(&pack, from, sizeof pack); }",  # noqa: E501
-    "if (exists) *reinterpret_cast<Pack<T, COUNT>*>(to) = pack;": "if (exists) { if ((size_t)to % sizeof(pack)) abort(); memcpy(to, &pack, sizeof pack); }",  # noqa: E501
     "pack = *reinterpret_cast<const Pack<T, COUNT>*>(from);": "if ((size_t)from % sizeof(pack)) abort(); memcpy(&pack, from, sizeof pack);",  # noqa: E501
     "*reinterpret_cast<Pack<T, COUNT>*>(to) = pack;": "if ((size_t)to % sizeof(pack)) abort(); memcpy(to, &pack, sizeof pack);",
     "extern __shared__ __align__(16) char shared_bytes[];": "alignas(16) static char shared_bytes[SHARED_BYTES];",
