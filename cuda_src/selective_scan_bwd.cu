@@ -332,7 +332,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
             real dt[VECTOR], gy[VECTOR];                               // loop by loop, so that elements hide each other's latencies
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) dt[j] = to_real(now.delta.get(j)) + shared.bias[item.channel(j)];
-            if (SOFTPLUS) softplus_each(dt);
+            if (SOFTPLUS) softplus_each<step_t>(dt);
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) gy[j] = to_real(now.dy.get(j));
             if (GATED) {
@@ -612,7 +612,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
                 }
                 store(p.dz, out);
             }
-            if (SOFTPLUS) softplus_each(dt, &slope);
+            if (SOFTPLUS) softplus_each<step_t>(dt, &slope);
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
                 const real x = to_real(now.u.get(j));

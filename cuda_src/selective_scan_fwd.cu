@@ -392,7 +392,7 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
             real dt[VECTOR];
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) dt[j] = to_real(delta_next[k].get(j)) + shared.bias[item.channel(j) % BLOCK_CHANNELS];
-            if (SOFTPLUS) softplus_each<element>(dt);
+            if (SOFTPLUS) softplus_each<step_t>(dt);
             if (!is_whole(tile_steps) && item.valid < VECTOR) {        // after softplus: a step of 0 leaves h as it is
 #pragma unroll
                 for (int j = 0; j < VECTOR; ++j) if (j >= item.valid) dt[j] = 0;

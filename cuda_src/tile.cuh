@@ -14,10 +14,13 @@
 
 typedef U_T element;
 typedef decltype(to_real(element())) real;
+// Of what type softplus takes a step to be. States that turn make too much of an error of it for less than it can do.
 #if COMPLEX
 typedef Complex<real> state_t;
+typedef real step_t;
 #else
 typedef real state_t;
+typedef element step_t;
 #endif
 
 constexpr int CHUNK = 64;                                              // steps between the states kept for backward
