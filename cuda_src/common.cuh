@@ -210,8 +210,7 @@ DEVICE Pack<T, COUNT> joined(const Pack<T, COUNT>& low, const Pack<T, COUNT>& hi
     Pack<T, COUNT> pack;
 #pragma unroll
     for (int j = 0; j < WORDS; ++j) {
-        const unsigned last = w[WORDS + j], before = w[WORDS + j - 1];
-        pack.bits.word[j] = sizeof(T) == 2 && bytes & 2 ? last << 16 | before >> 16 : last;
+        pack.bits.word[j] = sizeof(T) == 2 ? __funnelshift_l(w[WORDS + j - 1], w[WORDS + j], 8 * (bytes & 2)) : w[WORDS + j];
     }
     return pack;
 }

@@ -15,10 +15,11 @@
 // Few channels and long sequences: time is cut into parts, and a first launch with CARRIES_ONLY runs [1] alone (tile.cuh).
 //
 // Sums over time are kept in two levels, that of a few chunks and the total, so that rounding does not grow with the length.
-// No atomics: dB and dC are summed over a warp and then over warps through shared memory, and over blocks by sum_parts.cu; dA,
-// dD and ddelta_bias over time by their threads, and over the batch by sum_parts.cu. Every order is fixed.
+// No atomics: dB and dC are summed over a warp and then over warps through shared memory, and over blocks by sum_parts.cu; dA
+// over time by its lanes, dD and ddelta_bias by lanes and then threads, and all three over the batch by sum_parts.cu. Every order
+// is fixed.
 //
-// Compile-time, besides tile.cuh's: CARRIES_ONLY DY_T ZOH SLICED SHARED_BYTES BLOCKS_PER_SM.
+// Compile-time, besides tile.cuh's: CARRIES_ONLY DY_T ZOH GATED SOFTPLUS SLICED SHARED_BYTES BLOCKS_PER_SM.
 #define COEFFICIENT_PADDING 8
 #include "tile.cuh"
 
@@ -32,13 +33,57 @@ constexpr int COLUMNS = KINDS > 0 ? KINDS * STATES * REALS : WIDE;     // number
 constexpr int COLUMN_STEPS = SEGMENT / 2;                              // steps between two such sums over a warp
 constexpr int SUM_BUFFERS = COLUMNS <= 64 ? 2 : 1;                     // with one, all threads wait for each other twice as often
 constexpr int B_LOADS = coefficient_loads<B_VECTOR>(), C_LOADS = coefficient_loads<C_VECTOR>();
-constexpr bool COEFFICIENTS_AHEAD = B_LOADS <= 4 && C_LOADS <= 4;      // few enough to wait in registers
+constexpr bool COEFFICIENTS_AHEAD = B_LOADS <= 8 && C_LOADS <= 8;      // few enough to wait in registers
 constexpr bool READ_AHEAD = sizeof(real) == 4;                          // double fills the registers as it is
 constexpr int ITEM_LANES = TIME_CONTIGUOUS ? TILE / VECTOR : BLOCK_CHANNELS / VECTOR;          // whose items lie in one row in memory
 constexpr int TIME_PARTS = TIME_CONTIGUOUS ? (ITEM_LANES + 31) / 32 : THREADS / (ITEM_LANES < 32 ? 32 : ITEM_LANES);
 static_assert(TILE == CHUNK, "a tile is a chunk");
 static_assert(BLOCK_CHANNELS <= THREADS, "a thread sums at most one channel over time");
 static_assert(CHANNELS == 1 || LANES > 1, "two channels are told apart by neighbouring lanes");
+
+// Rows that do not begin at a multiple of an item are read and written by aligned packs all the same, each of which holds the end
+// of one item and the beginning of the next.
+constexpr bool STRADDLES = TIME_CONTIGUOUS && 4 * ACCESS <= VECTOR && sizeof(Pack<element, VECTOR>) == 16 &&
+                           sizeof(Pack<DY_T, VECTOR>) == 16 && ITEM_LANES <= 32 && ALL_ITEMS % THREADS == 0;
+
+template <typename T>
+struct Loaded {                                                        // an item that is on its way
+    Pack<T, VECTOR> first, last;                                       // the packs it lies in; all of it in `last` where it lies in one
+    int count;                                                         // of its elements that `first` holds
+
+    Loaded() = default;
+    DEVICE Loaded(const T* at, int valid) {
+        if (!STRADDLES) {
+            last = load_by<ACCESS, T, VECTOR>(at, valid);
+        } else {                                                       // no pack without an element of the item
+            count = (int)(0 - (size_t)at / sizeof(T)) & (VECTOR - 1);
+            first = load_whole<T, VECTOR>(at + count - VECTOR, count > 0 && valid > 0);
+            last = load_whole<T, VECTOR>(at + count, valid > count);
+        }
+    }
+    DEVICE Pack<T, VECTOR> whole() const {                             // where nothing exists: anything if it straddles, or else zeros
+        if constexpr (STRADDLES) return joined(first, last, count);
+        else return last;
+    }
+};
+
+// The other way, in a tile whose rows are whole, into memory that begins aligned: element `at` and those that follow. All lanes of a
+// warp take part.
+DEVICE void store_straddling(element* to, long long at, const Pack<element, VECTOR>& pack, bool exists) {
+    if constexpr (STRADDLES) {
+        const int place = threadIdx.x % ITEM_LANES, count = (int)(at & (VECTOR - 1));
+        Pack<element, VECTOR> before;                                  // the lane before this has it
+#pragma unroll
+        for (int j = 0; j < (int)(sizeof(pack) / 4); ++j)
+            before.bits.word[j] = __shfl_sync(~0u, pack.bits.word[j], (place + ITEM_LANES - 1) % ITEM_LANES, ITEM_LANES);
+        store_whole(to + (at - count), joined(before, pack, count), exists && (place > 0 || count == 0));
+        // One by one what lies in packs with items of other tiles: the first VECTOR - count of a row, and the last count.
+        const int first = (1 << (VECTOR - count)) - 1, last = (1 << VECTOR) - 1 - first;
+        const int alone = !exists || count == 0 ? 0 : place == 0 ? first : place == ITEM_LANES - 1 ? last : 0;
+#pragma unroll
+        for (int j = 0; j < VECTOR; ++j) if (alone & 1 << j) to[at + j] = pack.get(j);
+    }
+}
 
 struct alignas(2 * sizeof(real)) Step { real dt, x; };                 // Δ, and Δ·u (zero-order hold: u)
 
@@ -205,24 +250,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
     __syncthreads();
 
     auto steps_from = [&](long long t0) { return p.length - t0 < TILE ? (int)(p.length - t0) : TILE; };
-    struct Tensors { Pack<element, VECTOR> u, delta, z; Pack<DY_T, VECTOR> dy; };
+    struct Tensors { Loaded<element> u, delta, z; Loaded<DY_T> dy; };
     auto load = [&](int k, long long t0, int steps) {                  // item k of the tile that begins at t0
         const Item item(k, channels, steps);
         auto from = [&](auto* x, long long batch, long long row) {
             return x + b * batch + tile_offset(t0, c0, row) + item.offset(row);
         };
         Tensors x;
-        x.u = load_by<ACCESS, element, VECTOR>(from(p.u, p.u_batch, p.u_row), item.valid);
-        x.delta = load_by<ACCESS, element, VECTOR>(from(p.delta, p.delta_batch, p.delta_row), item.valid);
-        x.dy = load_by<ACCESS, DY_T, VECTOR>(from(p.dy, p.dy_batch, p.dy_row), item.valid);
-        if (GATED) x.z = load_by<ACCESS, element, VECTOR>(from(p.z, p.z_batch, p.z_row), item.valid);
+        x.u = Loaded<element>(from(p.u, p.u_batch, p.u_row), item.valid);
+        x.delta = Loaded<element>(from(p.delta, p.delta_batch, p.delta_row), item.valid);
+        x.dy = Loaded<DY_T>(from(p.dy, p.dy_batch, p.dy_row), item.valid);
+        if (GATED) x.z = Loaded<element>(from(p.z, p.z_batch, p.z_row), item.valid);
         return x;
     };
     auto prefetch_tile = [&](long long t0) {                           // all of the tile that begins at t0
         constexpr int LINE = 128 / sizeof(element), ROW = TIME_CONTIGUOUS ? TILE : BLOCK_CHANNELS;
-        constexpr int LINES = (ROW + LINE - 1) / LINE, ROWS = TIME_CONTIGUOUS ? BLOCK_CHANNELS : TILE;
+        constexpr int LINES = (ROW + LINE - 1) / LINE + STRADDLES, ROWS = TIME_CONTIGUOUS ? BLOCK_CHANNELS : TILE;
         for (int i = threadIdx.x; i < ROWS * LINES; i += THREADS) {
-            const int row = i / LINES, at = i % LINES * LINE, c = TIME_CONTIGUOUS ? row : at, t = TIME_CONTIGUOUS ? at : row;
+            const int row = i / LINES, at = min(i % LINES * LINE, ROW - 1), c = TIME_CONTIGUOUS ? row : at, t = TIME_CONTIGUOUS ? at : row;
             if (c >= channels || t0 + t >= p.length) continue;
             auto from = [&](auto* x, long long batch, long long stride) {
                 return x + b * batch + tile_offset(t0 + t, c0 + c, stride);
@@ -326,27 +371,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
 #pragma unroll 1
         for (int k = 0; k < ITEMS; ++k) {
             const Item item(k, channels, steps);
-            const Tensors now = next;
+            const auto u = next.u.whole(), delta = next.delta.whole(), z = next.z.whole();
+            const auto dy = next.dy.whole();
             if (k + 1 < ITEMS) next = load(k + 1, t0, steps);
             if (!item.in_tile(k)) continue;
             real dt[VECTOR], gy[VECTOR];                               // loop by loop, so that elements hide each other's latencies
 #pragma unroll
-            for (int j = 0; j < VECTOR; ++j) dt[j] = to_real(now.delta.get(j)) + shared.bias[item.channel(j)];
+            for (int j = 0; j < VECTOR; ++j) dt[j] = to_real(delta.get(j)) + shared.bias[item.channel(j)];
             if (SOFTPLUS) softplus_each<step_t>(dt);
 #pragma unroll
-            for (int j = 0; j < VECTOR; ++j) gy[j] = to_real(now.dy.get(j));
+            for (int j = 0; j < VECTOR; ++j) gy[j] = to_real(dy.get(j));
             if (GATED) {
 #pragma unroll
                 for (int j = 0; j < VECTOR; ++j) {
-                    const real gate = to_real(now.z.get(j));
+                    const real gate = to_real(z.get(j));
                     gy[j] *= gate * sigmoid(gate);
                 }
             }
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
-                const real x = to_real(now.u.get(j)), step = item.has(j) ? dt[j] : real(0);
+                const bool exists = !STRADDLES || item.has(j);
+                const real x = exists ? to_real(u.get(j)) : real(0), step = item.has(j) ? dt[j] : real(0);
                 shared.steps[item.row(j)][column<sizeof(Step)>(item.channel(j), item.first_row())] = {step, ZOH ? x : step * x};
-                shared.gates[item.row(j)][column<sizeof(real)>(item.channel(j), item.first_row())] = gy[j];
+                shared.gates[item.row(j)][column<sizeof(real)>(item.channel(j), item.first_row())] = exists ? gy[j] : real(0);
             }
         }
         __syncthreads();
@@ -553,8 +600,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
 #pragma unroll 1
         for (int k = 0; k < ITEMS; ++k) {
             const Item item(k, channels, last_steps);
-            const Tensors now = next;
-            if (k + 1 < ITEMS) next = load(k + 1, t1, last_steps);
+            const auto u = next.u.whole(), delta = next.delta.whole(), z = next.z.whole();
+            const auto dy = next.dy.whole();
+            if (!STRADDLES && k + 1 < ITEMS) next = load(k + 1, t1, last_steps);
             const long long at = b * p.du_batch + tile_offset(t1, c0, p.du_row) + item.offset(p.du_row);
             real by_B[VECTOR], by_A[VECTOR], out[VECTOR], skip[VECTOR];
 #pragma unroll
@@ -593,29 +641,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
                     from_real(x[j], rounded);
                     pack.set(j, rounded);
                 }
-                store_by<ACCESS, element, VECTOR>(to + at, pack, item.valid);
+                if (STRADDLES && last_steps == TILE) store_straddling(to, at, pack, item.valid > 0);
+                else store_by<ACCESS, element, VECTOR>(to + at, pack, item.valid);
             };
             real gy[VECTOR], dt[VECTOR], slope[VECTOR];
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
-                gy[j] = to_real(now.dy.get(j));
-                dt[j] = to_real(now.delta.get(j)) + shared.bias[item.channel(j) % BLOCK_CHANNELS];
+                gy[j] = to_real(dy.get(j));
+                dt[j] = to_real(delta.get(j)) + shared.bias[item.channel(j) % BLOCK_CHANNELS];
                 slope[j] = 1;
             }
             if (GATED) {
 #pragma unroll
                 for (int j = 0; j < VECTOR; ++j) {
-                    real gate = to_real(now.z.get(j)), s = sigmoid(gate);
-                    real skipped = out[j] + skip[j] * to_real(now.u.get(j));
+                    real gate = to_real(z.get(j)), s = sigmoid(gate);
+                    real skipped = out[j] + skip[j] * to_real(u.get(j));
                     out[j] = gy[j] * skipped * s * (real(1) + gate * (real(1) - s));          // [7]
                     gy[j] *= gate * s;
                 }
                 store(p.dz, out);
             }
+            if (STRADDLES && k + 1 < ITEMS) {                          // not sooner, or this item would wait for the next one's
+                __syncwarp();
+                next = load(k + 1, t1, last_steps);
+            }
             if (SOFTPLUS) softplus_each<step_t>(dt, &slope);
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
-                const real x = to_real(now.u.get(j));
+                const real x = to_real(u.get(j));
                 by_A[j] = (ZOH ? by_A[j] : by_A[j] + x * by_B[j]) * slope[j];                 // [5]
                 by_B[j] = skip[j] * gy[j] + (ZOH ? by_B[j] : dt[j] * by_B[j]);                // [6]
                 const Shared::Terms term = {item.has(j) ? gy[j] * x : real(0), item.has(j) ? by_A[j] : real(0)};

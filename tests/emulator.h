@@ -110,6 +110,9 @@ static unsigned __float_as_uint(float x) { return same_bits<unsigned>(x); }
 static double __hiloint2double(int high, int low) {
     return same_bits<double>((unsigned long long)(unsigned)high << 32 | (unsigned)low);
 }
+static unsigned __funnelshift_l(unsigned low, unsigned high, unsigned bits) {
+    return (unsigned)(((unsigned long long)high << 32 | low) << (bits & 31) >> 32);
+}
 static int __double2loint(double x) { return (int)same_bits<unsigned long long>(x); }
 static int __double2hiint(double x) { return (int)(same_bits<unsigned long long>(x) >> 32); }
 static long long min(long long a, long long b) { return a < b ? a : b; }
