@@ -11,8 +11,9 @@ THREADS = 128
 WIDEST = 8
 """The widest filter that is kept in registers. Wider ones run plain loops over memory."""
 
-WARPS = 24
-"""Warps on each multiprocessor that are wanted before a thread is given more steps of time, where those are contiguous."""
+CHUNKS, WARPS = 4, 24
+"""Where steps are contiguous: packs that a thread walks; backward, where each part reads more of its neighbours, all that there
+are beyond so many warps on each multiprocessor."""
 
 MOST_STEPS = {"forward": 128, "backward": 256}
 """Steps that a thread walks where channels are contiguous, at most. Each part reads width - 1 steps of its neighbours again."""
@@ -61,8 +62,10 @@ def _layout(args, axis, direction, tensors):
     multiprocessors = kernels.device().multiprocessors
     if axis == 2:
         lanes = min(32, power_of_two(-(-args.length // vector)))
-        wanted = 32 * WARPS * multiprocessors  # threads
-        splits = max(1, min(wanted // (args.batch * args.dim * lanes), -(-args.length // (4 * lanes * vector))))
+        splits = -(-args.length // (CHUNKS * lanes * vector))
+        if direction == "backward":
+            wanted = 32 * WARPS * multiprocessors  # threads
+            splits = max(1, min(wanted // (args.batch * args.dim * lanes), splits))
         steps = -(-args.length // (splits * lanes * vector)) * lanes * vector
         threads, weight_vector = args.batch * args.dim * lanes, 1
     else:
