@@ -30,8 +30,11 @@ launches, which wait for each other, take longer than what it saves."""
 STAGED_BYTES = 40 * 1024
 """Shared memory that their normalised vectors may take."""
 
-AHEAD_BYTES = 16 * 2**20
-"""Weights that a small kernel fetches into L2 for those after it, at most."""
+LOADS = 16
+"""Loads of weights that a thread has under way, of few sequences, as far as registers allow."""
+
+AHEAD_BYTES = 2**20
+"""Weights that a small kernel fetches into L2 for those after it, at most: more delays what it is waited for."""
 
 
 class DecodeStep:
@@ -96,7 +99,8 @@ class DecodeStep:
         )
         numbers = {"size": c.vocab_size, "x_row": c.padded_vocab_size}
         vector = _widest(16 // self.dtype.itemsize, self.logits, c.padded_vocab_size)
-        self._add("largest.cu", "largest", {"VECTOR": vector}, batch, numbers, {"x": self.logits, "places": self.tokens})
+        given = {"x": self.logits, "places": self.tokens}
+        self._add("largest.cu", "largest", {"VECTOR": vector}, batch, numbers, given, threads=1024)
 
     def _is_multiplied(self, batch):
         sequences, size = LEAST_MULTIPLIED
@@ -188,19 +192,18 @@ class DecodeStep:
         vector = _widest(pack, weight, columns, *([] if fused else [given["x"], x_row]))
         row_tiles = -(-rows // 8)
         tile = self._batch_tile(row_tiles)
-        batch_tiles = -(-batch // tile)
-        wanted = self.multiprocessors * (2 if batch <= MOST_FUSED else 1)
-        tiles = next(n for n in (8, 4, 2, 1) if n == 1 or (n * tile <= 256 and -(-row_tiles // n) * batch_tiles >= wanted))
+        tiles, blocks = self._row_tiles(row_tiles, tile)
         steps = -(-columns // (4 * pack * WARPS))
         vectors = tile if not self.tensor else max(1, tile // 8)
-        depth = min(steps, max(1, 8 // tiles), max(1, 16 // vectors))  # so that what is under way fits into registers
+        more = tiles * blocks < row_tiles
+        depth = min(steps, max(1, (LOADS if batch <= MOST_FUSED and not more else 8) // tiles), max(1, 16 // vectors))
         constants |= {
             "COLUMNS": columns, "VECTOR": vector, "TENSOR": self.tensor, "BATCH": tile, "TILES": tiles, "DEPTH": depth,
-            "WIDTH": c.d_conv if conv else 0, "NORM": int(fused),
+            "WIDTH": c.d_conv if conv else 0, "NORM": int(fused), "MORE": int(more),
         }  # fmt: skip
         if conv:
             given |= {"state": state.conv, "conv_weight": conv["conv_weight"], "conv_bias": conv["conv_bias"]}
-        blocks = -(-row_tiles // tiles) * batch_tiles
+        blocks *= -(-batch // tile)
         numbers |= {"rows": rows, "dim": c.d_inner, "y_row": rows}
         self._add("matrix_vector.cu", "matrix_vector", constants, blocks, numbers, given, ahead)
 
@@ -229,6 +232,17 @@ class DecodeStep:
             tile //= 2
         return tile
 
+    def _row_tiles(self, row_tiles, tile):
+        """Tiles of 8 rows that a block has at a time, and row by row of such tiles, blocks. Of few sequences all blocks run at
+        once, two a multiprocessor, in turn where there are more rows. Of more, no multiprocessor is left without a block."""
+        most = 2 * self.multiprocessors
+        if self.batch <= MOST_FUSED:
+            tiles = next((n for n in (1, 2) if -(-row_tiles // n) <= most), 4)
+            return tiles, min(-(-row_tiles // tiles), most)
+        wanted = -(-self.multiprocessors // -(-self.batch // tile))
+        tiles = next(n for n in (8, 4, 2, 1) if n == 1 or (n * tile <= 256 and -(-row_tiles // n) >= wanted))
+        return tiles, -(-row_tiles // tiles)
+
     def _staged(self, columns):
         """Bytes of the normalised vectors of a block."""
         tile = self._batch_tile(1 << 30)
@@ -239,7 +253,7 @@ class DecodeStep:
         given = {"x": x, "y": y, "norm_weight": norm["weight"], "norm_bias": norm.get("bias")} | (stream or {})
         constants, numbers = self._norm_parts(x, x_row, size, norm, stream or {}, eps)
         constants |= {"COLUMNS": size, "VECTOR": 1, "TENSOR": 0, "BATCH": 1, "TILES": 1, "DEPTH": 1, "WIDTH": 0, "NORM": 0}
-        constants |= {"TEAMS": 1}
+        constants |= {"TEAMS": 1, "MORE": 0}
         self._add("matrix_vector.cu", "decode_norm", constants, self.batch, numbers | {"y_row": size}, given)
 
     def _norm_parts(self, x, x_row, size, norm, stream, eps):
@@ -248,7 +262,7 @@ class DecodeStep:
         constants = {
             "LAYER": int(norm is not None and not self.config.rms_norm and total is not None),
             "HAS_RESIDUAL": int(stream.get("residual") is not None),
-            "NORM_VECTOR": 1 if norm is None else _widest(4, x, x_row, size),
+            "NORM_VECTOR": 1 if norm is None else _widest(4, x, x_row, size, *(w for w in norm.values() if w is not None)),
             "TEAMS": 1 if norm is None else min(8, power_of_two(self.batch)),
             "TOTAL_T": kernels.C_TYPES[(self.totals[0] if total is None else total).dtype.name],
         }
@@ -261,7 +275,7 @@ class DecodeStep:
         vector = min(_widest(4, x, c.d_state) for x in states)
         vector = min(vector, *(_widest(vector, given[name], rows[name]) for name in "BC"))
         lanes = min(32, power_of_two(-(-c.d_state // vector)))
-        entries = 4 if self.batch >= 32 else 1
+        entries = min(4, lanes) if self.batch >= 32 else 1
         multiplied = self.workspace is not None
         widest = _widest(16 // self.dtype.itemsize, weights["dt_proj"], c.rank, given["dt"], rows["dt"])
         constants = {
@@ -284,7 +298,7 @@ class DecodeStep:
         self._add("selective_step.cu", "selective_step", constants, blocks, numbers, tensors, after)
 
     # ------------------------------------------------------------------------------------------------ a launch
-    def _add(self, file, name, constants, blocks, numbers, given, ahead=None):
+    def _add(self, file, name, constants, blocks, numbers, given, ahead=None, threads=THREADS):
         """Append a launch; `blocks` do its work, and on a device that they do not fill, others fetch what `ahead` holds."""
         constants = {"ELEMENT": kernels.C_TYPES[self.dtype.name], "OVERLAP": self.overlap} | constants
         idle = self.multiprocessors - blocks if ahead is not None else 0
@@ -294,7 +308,7 @@ class DecodeStep:
         numbers = {number: numbers.get(number, 0) for number in names if number != "first_block"}
         kernel = kernels.get(file, name, constants)
         overlap = {"overlap": True} if self.overlap else {}
-        launch = kernel.prepare(blocks + max(idle, 0), THREADS, numbers, **overlap)
+        launch = kernel.prepare(blocks + max(idle, 0), threads, numbers, **overlap)
         self.launches.append(functools.partial(launch, {pointer: given.get(pointer) for pointer in pointers}))
 
 

@@ -97,13 +97,13 @@ def test_convolution_of_one_token(memory, normal, width, dtype):
 
 @pytest.mark.parametrize("state_size", [1, 6, 16, 130])
 @pytest.mark.parametrize(("dtype", "A_dtype"), [("bfloat16", "f4"), ("float32", "c8"), ("float64", "f8")])
-@pytest.mark.parametrize("groups", [(), (2,)])
-def test_state_update(memory, normal, state_size, dtype, A_dtype, groups):
+@pytest.mark.parametrize(("batch", "groups"), [(3, ()), (3, (2,)), (33, (2,))])
+def test_state_update(memory, normal, state_size, dtype, A_dtype, batch, groups):
     element, A_dtype = cases.DTYPES[dtype], np.dtype(A_dtype)
-    state, A = normal(3, 10, state_size, dtype=A_dtype), normal(10, state_size, dtype=A_dtype)
+    state, A = normal(batch, 10, state_size, dtype=A_dtype), normal(10, state_size, dtype=A_dtype)
     A.real[...] = -abs(A.real)
-    x, dt, z = (normal(3, 10, dtype=element) for _ in range(3))
-    B, C = (normal(3, *groups, state_size, dtype=A_dtype if A_dtype.kind == "c" else element) for _ in range(2))
+    x, dt, z = (normal(batch, 10, dtype=element) for _ in range(3))
+    B, C = (normal(batch, *groups, state_size, dtype=A_dtype if A_dtype.kind == "c" else element) for _ in range(2))
     D, bias = (normal(10, dtype=A.real.dtype) for _ in range(2))
     given, after = (x, dt, A, B, C, D, z, bias), wide(state)
     wanted = state_update.selective_state_update(after, *map(wide, given), dt_softplus=True)

@@ -170,6 +170,16 @@ def _layout(dim, vector, most):
     }  # fmt: skip
 
 
+def _forward_layout(dim, vector, most):
+    """The same where rows are read once: as many threads a row as have equal shares of it, each with 16 bytes of the widest
+    tensor at a time. What they keep is little, so that many rows are under way."""
+    packs = dim // vector
+    team = min(512, packs & -packs)
+    if team < 32 or packs // team * vector > most:
+        return _layout(dim, vector, most)
+    return {"KEPT": 1, "THREADS": max(team, 128), "TEAM": team, "VECTOR": vector, "ITEMS": packs // team}
+
+
 def _types(**dtypes):
     return {name: kernels.C_TYPES[dtype.name] for name, dtype in dtypes.items()}
 
@@ -207,7 +217,9 @@ def _plan_forward(x, weight, bias, residual, y, total, x_row, residual_row, eps,
     tensors = [(x, x_row), (weight,), (y,), *((t,) for t in (bias, total) if t is not None)]
     if residual is not None:
         tensors.append((residual, residual_row))
-    layout = _layout(dim, rows.widest_access(dim, *tensors), 128 // real.itemsize)
+    widest = max(t.itemsize for t in (x, residual, total) if t is not None)
+    vector = min(rows.widest_access(dim, *tensors), 16 // widest)
+    layout = _forward_layout(dim, vector, 128 // real.itemsize)
     constants = layout | {"BACKWARD": 0, "LAYER": int(layer), "HAS_RESIDUAL": int(residual is not None)}
     constants |= _types(
         X_T=x.dtype, W_T=weight.dtype, RESIDUAL_T=x.dtype if residual is None else residual.dtype,
