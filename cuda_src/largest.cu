@@ -46,7 +46,8 @@ extern "C" __global__ void __launch_bounds__(LANES) largest(const Params p) {
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
                 const long long at = first + i * LANES * VECTOR + j;
-                if (at < p.size) best = better(best, {to_real(x[i].get(j)), (int)at});
+                const float value = to_real(x[i].get(j));
+                if (at < p.size && value > best.value) best = {value, (int)at};              // places come in order
             }
         }
     }
@@ -55,5 +56,5 @@ extern "C" __global__ void __launch_bounds__(LANES) largest(const Params p) {
     __syncthreads();
     if (threadIdx.x >= 32) return;
     best = best_of_warp(of_warps[threadIdx.x]);
-    if (threadIdx.x == 0) p.places[row] = best.place < p.size ? best.place : 0;               // nothing but NaN
+    if (threadIdx.x == 0) p.places[row] = best.place < p.size ? best.place : 0;               // nothing above -inf
 }

@@ -214,7 +214,7 @@ class DecodeStep:
     def _convolve(self, x, weights, state):
         """One step of the convolution, where in_proj was a product: from its x to u."""
         tensors = {"state": state.conv, "x": x, "weight": weights["conv_weight"], "bias": weights["conv_bias"]}
-        launch = conv_kernels.plan_update(*tensors.values(), True, self.config.d_conv)
+        launch = conv_kernels.plan_update(*tensors.values(), True, self.config.d_conv, bool(self.overlap))
         self.launches.append(functools.partial(launch, tensors | {"y": self.buffers["u"]}))
 
     def _stream(self, table, turn):

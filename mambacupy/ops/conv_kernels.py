@@ -292,20 +292,22 @@ def _wide_backward(args, dy, dfinal_state, given):
 
 
 # ---------------------------------------------------------------------------------------------------- one step
-def plan_update(state, x, weight, bias, silu, width):
-    """The launch of one step, given a dict with all of these arrays and y (batch, dim), by name."""
+def plan_update(state, x, weight, bias, silu, width, overlap=False):
+    """The launch of one step, given a dict with all of these arrays and y (batch, dim), by name. With `overlap` it may begin
+    before the kernel in front has ended, of which only x is expected."""
     constants = {
         "X_T": kernels.C_TYPES[x.dtype.name],
         "W_T": kernels.C_TYPES[weight.dtype.name],
         "SILU": int(silu),
         "REVERSE": 0,
         "WIDTH": width,
+        "OVERLAP": int(overlap),
     }
     numbers = {"batch": x.shape[0], "dim": x.shape[1]}
     numbers |= plans.strides(x, x_batch=0, x_dim=1) | plans.strides(bias, bias_dim=0)
     numbers |= plans.strides(state, state_batch=0, state_dim=1, state_tap=2) | plans.strides(weight, weight_dim=0, weight_tap=1)
     kernel = kernels.get("causal_conv1d_update.cu", "causal_conv1d_update", constants)
-    return kernel.prepare(-(-x.size // THREADS), THREADS, numbers)
+    return kernel.prepare(-(-x.size // THREADS), THREADS, numbers, **({"overlap": True} if overlap else {}))
 
 
 def update(xp, state, x, weight, bias, silu, width):
