@@ -3,7 +3,8 @@
 //   s_b = W·v_b + bias          W (rows, COLUMNS), for each sequence b
 //
 //   before   NORM 0   v = x
-//            NORM 1   v = RMSNorm or LayerNorm of total = x + residual; total is kept too. x may be rows of a table, by tokens
+//            NORM 1   v = RMSNorm or LayerNorm of total = x + residual; total is kept too. x may be rows of a table, by tokens,
+//                     or come in PARTS to be added up
 //   after    WIDTH 0  y = s
 //            else     the first `dim` rows are the newest inputs of a causal convolution: y = silu(conv_bias + Σ_j w_j·e_j) for
 //                     e = (state, s), and state = the last WIDTH - 1 of e;  the other rows are z
@@ -20,7 +21,7 @@
 // ahead what a later kernel reads.
 //
 // Compile-time, besides decode.cuh's: COLUMNS; VECTOR, which divides it; TENSOR; BATCH, the sequences of a block (8, 16, 32 or 64
-// with TENSOR, else 1, 2, 4 or 8); TILES DEPTH WIDTH NORM LAYER HAS_RESIDUAL NORM_VECTOR; MORE, whether a block has rows in turn;
+// with TENSOR, else 1, 2, 4 or 8); TILES DEPTH WIDTH NORM LAYER HAS_RESIDUAL NORM_VECTOR PARTS; MORE, whether a block has rows in turn;
 // TEAMS, the rows that a block normalises (1, 2, 4 or 8; with NORM all there are); the type TOTAL_T.
 #include "decode.cuh"
 
@@ -37,6 +38,7 @@ constexpr bool ONE_EACH = GROUPS == 1 && RESULTS <= THREADS;           // result
 
 struct Params {
     const element *weight, *bias, *x;                                  // bias may be null
+    const float* parts;                                                // (PARTS, batch, COLUMNS), whose sum x is
     const long long* tokens;                                           // null: x has a row for each sequence
     const TOTAL_T* residual;
     TOTAL_T* total;                                                    // (batch, COLUMNS); may be null
@@ -67,6 +69,23 @@ struct NormWeights {
     }
 };
 
+DEVICE Pack<element, NORM_VECTOR> load_x(const Params& p, long long row, int column, int valid) {
+    if (PARTS == 0) return load_pack<element, NORM_VECTOR>(p.x + row * p.x_row + column, valid);
+    Pack<float, NORM_VECTOR> parts[PARTS > 0 ? PARTS : 1];
+#pragma unroll
+    for (int k = 0; k < PARTS; ++k)
+        parts[k] = load_pack<float, NORM_VECTOR>(p.parts + (k * p.batch + row) * COLUMNS + column, valid);
+    Pack<element, NORM_VECTOR> x = {};
+#pragma unroll
+    for (int j = 0; j < NORM_VECTOR; ++j) {
+        float sum = parts[0].get(j);
+#pragma unroll
+        for (int k = 1; k < PARTS; ++k) sum += parts[k].get(j);
+        x.set(j, rounded(sum));
+    }
+    return x;
+}
+
 // The norm of the rows from `first` on: put(row, column, y) for NORM_VECTOR neighbours.
 template <typename Put>
 DEVICE void normalise(const Params& p, long long first, bool keeps_total, NormWeights& weights, Put put) {
@@ -84,7 +103,7 @@ DEVICE void normalise(const Params& p, long long first, bool keeps_total, NormWe
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i) {
         const int column = (i * SHARE + lane) * NORM_VECTOR, valid = exists && column < COLUMNS ? NORM_VECTOR : 0;
-        const auto x = load_pack<element, NORM_VECTOR>(p.x + from * p.x_row + column, known ? valid : 0);
+        const auto x = load_x(p, from, column, known ? valid : 0);
         Pack<TOTAL_T, NORM_VECTOR> before = {};
         if (HAS_RESIDUAL) before = load_pack<TOTAL_T, NORM_VECTOR>(p.residual + b * COLUMNS + column, valid);
 #pragma unroll

@@ -5,8 +5,7 @@
 // Idea: the states are read and written once, 16 bytes at a time; everything is asked for before anything is used. LANES lanes
 // share a channel of ENTRIES sequences, which share A and W: each has VECTOR neighbouring states in turn, and every LANES-th pack
 // of W's row; both sums are added up among them in a fixed order. Step size, u and gate of a sequence are found by one lane, the
-// step size and u for all. The arithmetic is that of selective_state_update.cu, and step sizes are rounded as there. RANK 0: `low`
-// holds W·low, a number for each channel.
+// step size and u for all. The arithmetic is that of selective_state_update.cu, and step sizes are rounded as there.
 //
 // Blocks beyond `blocks` fetch ahead what a later kernel reads.
 //
@@ -57,16 +56,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) selective_step(const Param
         for (int e = 0; e < ENTRIES; ++e)
             h[e][i] = load_pack<float, VECTOR>(state + e * state_row + i * NEXT, exists(e) ? states(i) : 0);
     }
-    Pack<element, RANK_VECTOR> w[EARLY && TURNS > 0 ? TURNS : 1];
+    Pack<element, RANK_VECTOR> w[EARLY ? TURNS : 1];
 #pragma unroll
     for (int turn = 0; turn < (EARLY ? TURNS : 0); ++turn) w[turn] = load_weight(turn);
     wait_for_previous();
 
     Pack<element, VECTOR> B[ENTRIES][ITEMS], C[ENTRIES][ITEMS];
     const long long b = first_b + mine;
-    float u = 0, gate = 0, step = 0;
+    float u = 0, gate = 0;
     if (exists(mine)) {
-        if (RANK == 0) step = to_real(p.low[b * p.low_row + c]);
         u = to_real(p.u[b * p.dim + c]);
         gate = to_real(p.z[b * p.z_row + c]);
     }
@@ -79,7 +77,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) selective_step(const Param
         }
     }
     float products[ENTRIES] = {};
-#pragma unroll(EARLY && TURNS > 0 ? TURNS : 1)
+#pragma unroll(EARLY ? TURNS : 1)
     for (int turn = 0; turn < TURNS; ++turn) {
         const auto now = EARLY ? w[EARLY ? turn : 0] : load_weight(turn);
         const int i = turn * LANES + lane;
@@ -101,8 +99,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) selective_step(const Param
         }
         return sum_of_mine;
     };
-    if (RANK > 0) step = to_real(rounded(sum_over_lanes(products)));
-    step = softplus(step + dt_bias);
+    const float step = softplus(to_real(rounded(sum_over_lanes(products))) + dt_bias);
 
     float sums[ENTRIES] = {};
 #pragma unroll

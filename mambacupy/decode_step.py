@@ -2,8 +2,8 @@
 
 A block of the model is four launches: norm, in_proj and convolution; x_proj; dt_proj, states and gate; out_proj. Where many
 sequences go together the norm is one more. cuda_src/matrix_vector.cu, selective_step.cu and largest.cu say what each does.
-Where still more do, maps are products of matrices, which the library multiplies: norm, in_proj, convolution, x_proj, dt_proj,
-states and gate, and out_proj are a launch each.
+Where still more do, large maps are products of matrices, which the library multiplies: norm, in_proj, convolution, x_proj,
+dt_proj with states and gate, and out_proj are a launch each.
 """
 
 import functools
@@ -23,9 +23,12 @@ THREADS, WARPS = 256, 8
 MOST_FUSED = 8
 """Sequences up to which each block normalises all of them for itself."""
 
-LEAST_MULTIPLIED = 32, 2**28
-"""Sequences, and bytes of in_proj times sequences, from which on maps are products of matrices by the library. Below, its
+LEAST_MULTIPLIED = 17, 3 * 2**26
+"""Sequences, and bytes of in_proj times sequences, from which on large maps are products of matrices by the library. Below, its
 launches, which wait for each other, take longer than what it saves."""
+
+PARTS = 4
+"""Of out_proj's columns, where it is a product: multiplied by themselves, because so few sequences make few tiles of a product."""
 
 STAGED_BYTES = 40 * 1024
 """Shared memory that their normalised vectors may take."""
@@ -84,8 +87,11 @@ class DecodeStep:
         sizes = {"hidden": c.d_model, "normed": c.d_model, "u": c.d_inner, "z": c.d_inner, "y": c.d_inner}
         sizes |= {"selected": mixer.rank + 2 * c.d_state, "dt": mixer.rank, "B": c.d_state, "C": c.d_state}
         if self.workspace is not None:
-            sizes |= {"xz": 2 * c.d_inner, "delta": c.d_inner}
+            sizes["xz"] = 2 * c.d_inner
         self.buffers = {name: self._zeros(size) for name, size in sizes.items()}
+        self.parts = None  # of what out_proj gives, where the norm adds them up
+        if self.workspace is not None and not c.bias:
+            self.parts = xp.empty((math.gcd(PARTS, c.d_inner), batch, c.d_model), arrays.FLOAT32)
         total = arrays.FLOAT32 if c.residual_in_fp32 else self.dtype
         self.totals = [self._zeros(c.d_model, dtype=total) for _ in range(2)]  # in turn: other blocks still read the last
         embedding = self._own(params["embedding"]["weight"])
@@ -162,8 +168,6 @@ class DecodeStep:
             for name, _, size in self._inner_norms():
                 self._norm(given[name], row, b[name], size, weights[name], c.bc_dt_norm_eps)
                 given[name], rows[name] = b[name], size
-        if self.workspace is not None:
-            self._multiply(b["dt"] if c.bc_dt_norm else b["selected"][:, : c.rank], weights["dt_proj"], b["delta"])
         self._states(weights, state, given, rows, after)
         self._map("out_proj", weights["out_proj"], weights["out_proj.bias"])
 
@@ -179,7 +183,9 @@ class DecodeStep:
         if norm is not None and not fused:
             self._norm(stream.pop("x"), columns, b["normed"], columns, norm, c.norm_eps, stream)
             x, stream, norm = b["normed"], {}, None
-        if self.workspace is not None and bias is None:
+        if self.workspace is not None and bias is None and part != "x_proj":
+            if part == "out_proj":
+                y = self.parts
             self._multiply(x, weight, b["xz"] if conv else y)
             if conv:
                 self._convolve(b["xz"][:, : c.d_inner], conv, state)
@@ -221,7 +227,7 @@ class DecodeStep:
         """What the norm number `turn` of the stream adds up, and where the sum goes."""
         if table is not None:  # the stream begins
             return {"x": table, "tokens": self.tokens, "total": self.totals[0]}
-        return {"x": self.buffers["hidden"], "residual": self.totals[(turn - 1) % 2], "total": self.totals[turn % 2]}
+        return {"x": self.buffers["hidden"], "parts": self.parts, "residual": self.totals[(turn - 1) % 2], "total": self.totals[turn % 2]}
 
     def _batch_tile(self, row_tiles):
         """Sequences that a block has: as many as there are, unless that leaves multiprocessors without a block."""
@@ -263,6 +269,7 @@ class DecodeStep:
             "LAYER": int(norm is not None and not self.config.rms_norm and total is not None),
             "HAS_RESIDUAL": int(stream.get("residual") is not None),
             "NORM_VECTOR": 1 if norm is None else _widest(4, x, x_row, size, *(w for w in norm.values() if w is not None)),
+            "PARTS": 0 if stream.get("parts") is None else len(stream["parts"]),
             "TEAMS": 1 if norm is None else min(8, power_of_two(self.batch)),
             "TOTAL_T": kernels.C_TYPES[(self.totals[0] if total is None else total).dtype.name],
         }
@@ -276,11 +283,10 @@ class DecodeStep:
         vector = min(vector, *(_widest(vector, given[name], rows[name]) for name in "BC"))
         lanes = min(32, power_of_two(-(-c.d_state // vector)))
         entries = min(4, lanes) if self.batch >= 32 else 1
-        multiplied = self.workspace is not None
         widest = _widest(16 // self.dtype.itemsize, weights["dt_proj"], c.rank, given["dt"], rows["dt"])
         constants = {
-            "RANK": 0 if multiplied else c.rank,
-            "RANK_VECTOR": 1 if multiplied else widest,
+            "RANK": c.rank,
+            "RANK_VECTOR": widest,
             "DSTATE": c.d_state,
             "VECTOR": vector,
             "LANES": lanes,
@@ -291,10 +297,8 @@ class DecodeStep:
         tensors = {"state": state.ssm, "A": weights["A"], "D": weights["D"], "dt_bias": weights["dt_bias"]}
         tensors |= {"dt_weight": weights["dt_proj"], "low": given["dt"], "B": given["B"], "C": given["C"]}
         tensors |= {"u": b["u"], "z": b["z"], "y": b["y"], "ahead": after}
-        if multiplied:
-            tensors, numbers["low_row"] = tensors | {"low": b["delta"], "dt_weight": None}, c.d_inner
-            if weights["in_proj.bias"] is None:
-                tensors["z"], numbers["z_row"] = b["xz"].reshape(-1)[c.d_inner :], 2 * c.d_inner
+        if self.workspace is not None and weights["in_proj.bias"] is None:
+            tensors["z"], numbers["z_row"] = b["xz"].reshape(-1)[c.d_inner :], 2 * c.d_inner
         self._add("selective_step.cu", "selective_step", constants, blocks, numbers, tensors, after)
 
     # ------------------------------------------------------------------------------------------------ a launch

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scans
 
-from mambacupy import arrays, checks_conv, checks_dense
+from mambacupy import arrays, checks_conv, checks_dense, kernels
 from mambacupy.ops import conv_kernels, linear, loss, norm, plans, selective_state_update, training
 from mambacupy.reference import conv, state_update
 from mambacupy.reference import loss as reference_loss
@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulato
 
 TOLERANCE = {"float16": 6e-4, "bfloat16": 4e-3, "float32": 2e-6, "float64": 1e-14}
 BASE = {"dim": 24, "length": 70, "width": 4, "dtype": "bfloat16", "order": "length", "activation": "silu", "reverse": False}
+BASE |= {"multiprocessors": emulator.H100.multiprocessors}
 ROWS = {
     "base": {},
     "float32": {"dtype": "float32"},
@@ -32,6 +33,8 @@ ROWS = {
     "width-11": {"width": 11},
     "length-2": {"length": 2},
     "length-520-dim-7": {"length": 520, "dim": 7},
+    "blocks-in-turn": {"length": 1100, "multiprocessors": 1},
+    "blocks-in-turn-reverse": {"length": 1100, "multiprocessors": 1, "reverse": True, "dtype": "float32"},
 }
 
 
@@ -59,8 +62,9 @@ def wide(x):
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_convolution(memory, row):
+def test_convolution(memory, monkeypatch, row):
     case = BASE | ROWS[row]
+    monkeypatch.setattr(kernels, "device", lambda: emulator.H100._replace(multiprocessors=case["multiprocessors"]))
     rng = np.random.default_rng(0)
     dtype, shape = cases.DTYPES[case["dtype"]], (2, case["dim"], case["length"])
     like = cases.make(**{k: case[k] for k in ("dim", "length", "dtype", "order")})[0]["u"]

@@ -15,6 +15,10 @@ CHUNKS, WARPS = 4, 24
 """Where steps are contiguous: packs that a thread walks; backward, where each part reads more of its neighbours, all that there
 are beyond so many warps on each multiprocessor."""
 
+EARLY = 2
+"""Chunks of time before their loads, backward, lines are asked into L2, where blocks take turns on the multiprocessors. Where all
+run at once it is slower."""
+
 MOST_STEPS = {"forward": 128, "backward": 256}
 """Steps that a thread walks where channels are contiguous, at most. Each part reads width - 1 steps of its neighbours again."""
 
@@ -59,13 +63,14 @@ def _steps(length, blocks, at_a_time, most):
 def _layout(args, axis, direction, tensors):
     """Constants, numbers and blocks of a launch: which steps and channels a thread has."""
     vector = plans.widest_access(axis, tensors)
-    multiprocessors = kernels.device().multiprocessors
+    multiprocessors, early = kernels.device().multiprocessors, 0
     if axis == 2:
         lanes = min(32, power_of_two(-(-args.length // vector)))
         splits = -(-args.length // (CHUNKS * lanes * vector))
         if direction == "backward":
-            wanted = 32 * WARPS * multiprocessors  # threads
-            splits = max(1, min(wanted // (args.batch * args.dim * lanes), splits))
+            wanted, threads = 32 * WARPS * multiprocessors, args.batch * args.dim * lanes
+            early = EARLY if threads > wanted and splits > 1 else 0
+            splits = max(1, min(wanted // threads, splits))
         steps = -(-args.length // (splits * lanes * vector)) * lanes * vector
         threads, weight_vector = args.batch * args.dim * lanes, 1
     else:
@@ -87,6 +92,8 @@ def _layout(args, axis, direction, tensors):
         "LANES": lanes,
         "WEIGHT_VECTOR": weight_vector,
     }
+    if direction == "backward":
+        constants["EARLY"] = early
     numbers = {"batch": args.batch, "dim": args.dim, "length": args.length, "steps": steps, "splits": splits}
     return constants, numbers, -(-threads * splits // THREADS)
 

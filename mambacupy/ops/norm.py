@@ -68,7 +68,7 @@ def rms_norm_fwd(x, weight, residual=None, *, eps=1e-5, residual_dtype=None):
     args = checks_dense.norm("rms_norm_fwd", x, weight, None, residual, eps, residual_dtype)
     if args.xp.__name__ == "numpy":
         return reference.rms_norm_fwd(x, weight, residual, eps=eps, residual_dtype=residual_dtype)
-    with x.device:
+    with kernels.device_of(x):
         y, total, _, rstd = _forward(args, eps, layer=False)
     return y, total, RMSNormSaved(total, weight, rstd, x.dtype, getattr(residual, "dtype", None))
 
@@ -131,7 +131,7 @@ def layer_norm_fwd(x, weight, bias=None, residual=None, *, eps=1e-5, residual_dt
     args = checks_dense.norm("layer_norm_fwd", x, weight, bias, residual, eps, residual_dtype)
     if args.xp.__name__ == "numpy":
         return reference.layer_norm_fwd(x, weight, bias, residual, eps=eps, residual_dtype=residual_dtype)
-    with x.device:
+    with kernels.device_of(x):
         y, total, mean, rstd = _forward(args, eps, layer=True)
     return y, total, LayerNormSaved(total, weight, bias, mean, rstd, x.dtype, getattr(residual, "dtype", None))
 
