@@ -10,14 +10,14 @@
 //                         a part of time is walked so much further than its end. Loads run a round ahead.
 //   time contiguous       LANES lanes a part of a channel, VECTOR steps each in turn, a chunk. Chunks are walked from the last
 //                         to the first: a lane gets later dp from its neighbours, and the last lanes from the chunk that was
-//                         walked before, whose dp are still in registers. Loads run a chunk ahead. What follows the part is a
-//                         chunk of which only dp counts.
+//                         walked before, whose dp are still in registers. Loads run a chunk ahead; lines are asked into L2
+//                         EARLY chunks before that. What follows the part is a chunk of which only dp counts.
 // What a part adds to dw and dbias is summed in registers (over lanes in a fixed order) and left in `parts`, (batch, splits,
 // WIDTH then bias, dim); sum_parts.cu adds them up.
 //
 // VECTOR divides the contiguous axis, the strides and the addresses of x, dy and dx.
 //
-// Compile-time: as causal_conv1d.cu, and DY_T.
+// Compile-time: as causal_conv1d.cu, DY_T, and EARLY: how many chunks before their loads lines are asked into L2 (0: not at all).
 #include "conv.cuh"
 
 constexpr int THREADS = 128;
@@ -41,7 +41,7 @@ constexpr int BLOCKS_OF_CHANNELS = WIDTH == 4 && sizeof(DY_T) == 2 && !REVERSE ?
 #else
 constexpr int BLOCKS_OF_CHANNELS = 3;
 #endif
-constexpr int BLOCKS = WIDTH > 4 || sizeof(real) > 4 ? 1 : TIME_CONTIGUOUS ? 6 : BLOCKS_OF_CHANNELS;
+constexpr int BLOCKS = WIDTH > 4 || sizeof(real) > 4 ? 1 : TIME_CONTIGUOUS ? (EARLY ? 5 : 6) : BLOCKS_OF_CHANNELS;
 
 template <bool ANSWER> struct Known { static constexpr bool yes = ANSWER; };
 
@@ -51,6 +51,7 @@ constexpr int CHUNK = LANES * VECTOR;
 constexpr int BACK = BEFORE < VECTOR ? power_of_two(BEFORE) : VECTOR;  // elements in a pack of those that lie before
 constexpr int HALO = (BEFORE + BACK - 1) / BACK;                       // such packs
 constexpr int AFTER = (BEFORE + VECTOR - 1) / VECTOR;                  // lanes that hold the dp of BEFORE steps
+constexpr int LINE = 128 / (int)sizeof(element);                       // elements in a line of memory
 constexpr int GIVEN = BEFORE < VECTOR ? BEFORE : VECTOR;               // dp of a lane that others need: the first ones
 DEVICE constexpr int place(int j, int count) { return REVERSE ? count - 1 - j : j; }          // in memory, of walked element j
 
@@ -102,6 +103,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) causal_conv1d_bwd(
             }
             loaded.x = load_pack<element, VECTOR>(x_next, VECTOR);
             loaded.dy = load_pack<DY_T, VECTOR>(dy_next, VECTOR);
+            if (EARLY && chunk >= EARLY && lane * VECTOR % LINE == 0) {
+                prefetch(x_next + EARLY * STEP);
+                prefetch(dy_next + EARLY * STEP);
+            }
         }
         x_next += STEP;
         dy_next += STEP;

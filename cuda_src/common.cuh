@@ -236,6 +236,23 @@ DEVICE void all_meet() { asm volatile("bar.sync 0;" : : : "memory"); }
 DEVICE void all_meet() { __syncthreads(); }
 #endif
 
+// Order between kernels. With OVERLAP a kernel may begin before the one in front of it has ended (compute capability 9.0; a launch
+// attribute has to say so too).
+#ifndef OVERLAP
+#define OVERLAP 0
+#endif
+// Before this call nothing may be read that the kernels of this step write, and nothing may be written at all.
+DEVICE void wait_for_previous() {
+#if OVERLAP && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" : : : "memory");
+#endif
+}
+DEVICE void let_next_begin() {
+#if OVERLAP && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 // Ask for a line of memory that will be read soon.
 DEVICE void prefetch(const void* at) {
 #ifdef __CUDA_ARCH__

@@ -1,10 +1,9 @@
-// decode.cuh: what the kernels of a decoding step share: products of small tiles, loads ahead of time, order between kernels.
+// decode.cuh: what the kernels of a decoding step share: products of small tiles, loads ahead of time.
 //
 // A step is some hundred short kernels in a row, each bound by memory or by latency. So what a kernel reads that does not depend
 // on the one before it (weights, above all) is asked for before that one has ended.
 //
-// Compile-time: ELEMENT, the type of weights and activations; OVERLAP, whether a kernel may begin before the one in front of it
-// has ended (compute capability 9.0; a launch attribute has to say so too).
+// Compile-time: ELEMENT, the type of weights and activations; OVERLAP (common.cuh).
 #pragma once
 #include "common.cuh"
 
@@ -12,18 +11,6 @@ typedef ELEMENT element;
 
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
 constexpr int LINE = 128;                                              // bytes that L2 fetches at a time
-
-// Before this call nothing may be read that the kernels of this step write, and nothing may be written at all.
-DEVICE void wait_for_previous() {
-#if OVERLAP && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" : : : "memory");
-#endif
-}
-DEVICE void let_next_begin() {
-#if OVERLAP && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
 
 // Block number `block` of `blocks` asks for its share of so many bytes: weights of a later kernel, while this one is too small to
 // keep the memory busy.

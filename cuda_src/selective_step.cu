@@ -3,16 +3,18 @@
 //   Δ = softplus(W·low + dt_bias),   h = exp(Δ·A)·h + Δ·B·u,   y = (Σ_n C·h + D·u)·silu(z)          W (dim, RANK)
 //
 // Idea: the states are read and written once, 16 bytes at a time; everything is asked for before anything is used. LANES lanes
-// share a channel: each has VECTOR neighbouring states in turn, and every LANES-th pack of W's row; both sums are added up among
-// them in a fixed order. A lane has the same channel of ENTRIES sequences, which share A and W. The arithmetic is that of
-// selective_state_update.cu, and step sizes are rounded as there. RANK 0: `low` holds W·low, a number for each channel.
+// share a channel of ENTRIES sequences, which share A and W: each has VECTOR neighbouring states in turn, and every LANES-th pack
+// of W's row; both sums are added up among them in a fixed order. Step size, u and gate of a sequence are found by one lane, the
+// step size and u for all. The arithmetic is that of selective_state_update.cu, and step sizes are rounded as there.
 //
 // Blocks beyond `blocks` fetch ahead what a later kernel reads.
 //
-// Compile-time, besides decode.cuh's: RANK and RANK_VECTOR, which divides it; DSTATE and VECTOR, likewise; LANES ENTRIES.
+// Compile-time, besides decode.cuh's: RANK and RANK_VECTOR, which divides it; DSTATE and VECTOR, likewise; LANES; ENTRIES, LANES at most.
 #include "decode.cuh"
 
 constexpr int ITEMS = (DSTATE + LANES * VECTOR - 1) / (LANES * VECTOR), PACKS = RANK / RANK_VECTOR;
+constexpr int TURNS = (PACKS + LANES - 1) / LANES;                     // of the lanes along a row of W
+constexpr bool EARLY = TURNS <= 4;                                     // whether a lane's packs fit into registers
 
 struct Params {
     float* state;                                                      // (batch, dim, DSTATE)
@@ -28,79 +30,93 @@ struct Params {
 extern "C" __global__ void __launch_bounds__(THREADS) selective_step(const Params p) {
     const long long block = p.first_block + blockIdx.x, channel = (block * THREADS + threadIdx.x) / LANES;
     const long long c = channel % p.dim, first_b = channel / p.dim * ENTRIES;
-    const int lane = threadIdx.x % LANES;
+    const int lane = threadIdx.x % LANES, mine = lane % ENTRIES;       // mine: the sequence whose step size this lane finds
     let_next_begin();
     if (block >= p.blocks) {
         fetch_ahead(p.ahead, p.ahead_bytes, block - p.blocks, p.ahead_blocks);
         wait_for_previous();
         return;
     }
-    Pack<float, VECTOR> h[ENTRIES][ITEMS], A[ITEMS];
-    float D = 0, dt_bias = 0;
     auto exists = [&](int e) { return first_b + e < p.batch; };
     auto states = [&](int i) { return (i * LANES + lane) * VECTOR < DSTATE ? VECTOR : 0; };                  // of a pack
-    if (exists(0)) {
-        D = p.D[c];
-        dt_bias = p.dt_bias[c];
+    const int first_n = lane * VECTOR;
+    constexpr int NEXT = LANES * VECTOR;                               // from a pack to the lane's next
+    float* state = p.state + (first_b * p.dim + c) * DSTATE + first_n;
+    const long long state_row = p.dim * DSTATE;
+    auto load_weight = [&](int turn) {
+        const int i = turn * LANES + lane;
+        return load_pack<element, RANK_VECTOR>(p.dt_weight + c * RANK + i * RANK_VECTOR, exists(0) && i < PACKS ? RANK_VECTOR : 0);
+    };
+    Pack<float, VECTOR> h[ENTRIES][ITEMS], A[ITEMS];
+    const float D = exists(0) ? p.D[c] : 0, dt_bias = exists(0) ? p.dt_bias[c] : 0;
 #pragma unroll
-        for (int i = 0; i < ITEMS; ++i) {
-            const int n = (i * LANES + lane) * VECTOR;
-            A[i] = load_pack<float, VECTOR>(p.A + c * DSTATE + n, states(i));
+    for (int i = 0; i < ITEMS; ++i) {
+        A[i] = load_pack<float, VECTOR>(p.A + c * DSTATE + first_n + i * NEXT, exists(0) ? states(i) : 0);
 #pragma unroll
-            for (int e = 0; e < ENTRIES; ++e)
-                h[e][i] = load_pack<float, VECTOR>(p.state + ((first_b + e) * p.dim + c) * DSTATE + n, exists(e) ? states(i) : 0);
-        }
+        for (int e = 0; e < ENTRIES; ++e)
+            h[e][i] = load_pack<float, VECTOR>(state + e * state_row + i * NEXT, exists(e) ? states(i) : 0);
     }
+    Pack<element, RANK_VECTOR> w[EARLY ? TURNS : 1];
+#pragma unroll
+    for (int turn = 0; turn < (EARLY ? TURNS : 0); ++turn) w[turn] = load_weight(turn);
     wait_for_previous();
 
-    float u[ENTRIES] = {}, gate[ENTRIES] = {}, step[ENTRIES] = {}, sum[ENTRIES] = {};
     Pack<element, VECTOR> B[ENTRIES][ITEMS], C[ENTRIES][ITEMS];
+    const long long b = first_b + mine;
+    float u = 0, gate = 0;
+    if (exists(mine)) {
+        u = to_real(p.u[b * p.dim + c]);
+        gate = to_real(p.z[b * p.z_row + c]);
+    }
 #pragma unroll
     for (int e = 0; e < ENTRIES; ++e) {
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {
-            const int n = (i * LANES + lane) * VECTOR;
-            B[e][i] = load_pack<element, VECTOR>(p.B + (first_b + e) * p.B_row + n, exists(e) ? states(i) : 0);
-            C[e][i] = load_pack<element, VECTOR>(p.C + (first_b + e) * p.C_row + n, exists(e) ? states(i) : 0);
+            B[e][i] = load_pack<element, VECTOR>(p.B + (first_b + e) * p.B_row + first_n + i * NEXT, exists(e) ? states(i) : 0);
+            C[e][i] = load_pack<element, VECTOR>(p.C + (first_b + e) * p.C_row + first_n + i * NEXT, exists(e) ? states(i) : 0);
         }
-        if (!exists(e)) continue;
-        u[e] = to_real(p.u[(first_b + e) * p.dim + c]);
-        gate[e] = to_real(p.z[(first_b + e) * p.z_row + c]);
-        if (RANK == 0 && lane == 0) step[e] = to_real(p.low[(first_b + e) * p.low_row + c]);
     }
-    for (int i = lane; i < PACKS; i += LANES) {
-        Pack<element, RANK_VECTOR> w = {};
-        if (exists(0)) w = load_pack<element, RANK_VECTOR>(p.dt_weight + c * RANK + i * RANK_VECTOR, RANK_VECTOR);
+    float products[ENTRIES] = {};
+#pragma unroll(EARLY ? TURNS : 1)
+    for (int turn = 0; turn < TURNS; ++turn) {
+        const auto now = EARLY ? w[EARLY ? turn : 0] : load_weight(turn);
+        const int i = turn * LANES + lane;
 #pragma unroll
         for (int e = 0; e < ENTRIES; ++e) {
-            if (!exists(e)) continue;
-            const auto low = load_pack<element, RANK_VECTOR>(p.low + (first_b + e) * p.low_row + i * RANK_VECTOR, RANK_VECTOR);
+            const int valid = exists(e) && i < PACKS ? RANK_VECTOR : 0;
+            const auto low = load_pack<element, RANK_VECTOR>(p.low + (first_b + e) * p.low_row + i * RANK_VECTOR, valid);
 #pragma unroll
-            for (int j = 0; j < RANK_VECTOR; ++j) step[e] += to_real(w.get(j)) * to_real(low.get(j));
+            for (int j = 0; j < RANK_VECTOR; ++j) products[e] += to_real(now.get(j)) * to_real(low.get(j));
         }
     }
+    auto sum_over_lanes = [&](float (&sums)[ENTRIES]) {                // that of `mine`
+        float sum_of_mine = 0;
+#pragma unroll
+        for (int e = 0; e < ENTRIES; ++e) {
+#pragma unroll
+            for (int other = LANES / 2; other > 0; other /= 2) sums[e] += __shfl_xor_sync(~0u, sums[e], other);
+            if (e == mine) sum_of_mine = sums[e];
+        }
+        return sum_of_mine;
+    };
+    const float step = softplus(to_real(rounded(sum_over_lanes(products))) + dt_bias);
+
+    float sums[ENTRIES] = {};
 #pragma unroll
     for (int e = 0; e < ENTRIES; ++e) {
+        const float its_step = __shfl_sync(~0u, step, e, LANES), its_u = __shfl_sync(~0u, u, e, LANES);
 #pragma unroll
-        for (int other = LANES / 2; other > 0; other /= 2) step[e] += __shfl_xor_sync(~0u, step[e], other);
-        step[e] = softplus(to_real(rounded(step[e])) + dt_bias);
-        if (exists(e)) {
+        for (int i = 0; i < ITEMS; ++i) {
 #pragma unroll
-            for (int i = 0; i < ITEMS; ++i) {
-                const int n = (i * LANES + lane) * VECTOR;
-#pragma unroll
-                for (int j = 0; j < VECTOR; ++j) {
-                    const float input = step[e] * u[e] * to_real(B[e][i].get(j));
-                    const float next = decay(step[e], rate_of(A[i].get(j))) * h[e][i].get(j) + input;
-                    sum[e] = next * to_real(C[e][i].get(j)) + sum[e];
-                    h[e][i].set(j, next);
-                }
-                store_pack<float, VECTOR>(p.state + ((first_b + e) * p.dim + c) * DSTATE + n, h[e][i], states(i));
+            for (int j = 0; j < VECTOR; ++j) {
+                const float input = its_step * its_u * to_real(B[e][i].get(j));
+                const float next = decay(its_step, rate_of(A[i].get(j))) * h[e][i].get(j) + input;
+                sums[e] = next * to_real(C[e][i].get(j)) + sums[e];
+                h[e][i].set(j, next);
             }
+            if (exists(e)) store_pack<float, VECTOR>(state + e * state_row + i * NEXT, h[e][i], states(i));
         }
-#pragma unroll
-        for (int other = LANES / 2; other > 0; other /= 2) sum[e] += __shfl_xor_sync(~0u, sum[e], other);
-        if (exists(e) && lane == 0)
-            p.y[(first_b + e) * p.dim + c] = rounded((sum[e] + D * u[e]) * gate[e] * sigmoid(gate[e]));
     }
+    const float sum = sum_over_lanes(sums);
+    if (lane < ENTRIES && exists(mine)) p.y[b * p.dim + c] = rounded((sum + D * u) * gate * sigmoid(gate));
 }

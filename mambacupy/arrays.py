@@ -132,3 +132,13 @@ def _namespace_of_each(operation, named):
 def choose(xp, mask, x, y):
     """`xp.where(mask, x, y)` in y's dtype. CuPy's own makes float32 of bfloat16."""
     return xp.where(mask, xp.asarray(x, y.dtype), y).astype(y.dtype, copy=False)
+
+
+def copy_into(target, source):
+    """`target[...] = source`, arrays of one shape. To copy memory takes the host a third of the time of CuPy's own way."""
+    same = target.dtype == source.dtype and target.strides == source.strides and target.flags.c_contiguous
+    if same and type(target) is _cupy_ndarray():
+        with target.device:
+            target.data.copy_from_device_async(source.data, target.nbytes)
+    else:
+        target[...] = source

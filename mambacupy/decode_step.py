@@ -2,8 +2,8 @@
 
 A block of the model is four launches: norm, in_proj and convolution; x_proj; dt_proj, states and gate; out_proj. Where many
 sequences go together the norm is one more. cuda_src/matrix_vector.cu, selective_step.cu and largest.cu say what each does.
-Where still more do, maps are products of matrices, which the library multiplies: norm, in_proj, convolution, x_proj, dt_proj,
-states and gate, and out_proj are a launch each.
+Where still more do, large maps are products of matrices, which the library multiplies: norm, in_proj, convolution, x_proj,
+dt_proj with states and gate, and out_proj are a launch each.
 """
 
 import functools
@@ -23,15 +23,21 @@ THREADS, WARPS = 256, 8
 MOST_FUSED = 8
 """Sequences up to which each block normalises all of them for itself."""
 
-LEAST_MULTIPLIED = 32, 2**28
-"""Sequences, and bytes of in_proj times sequences, from which on maps are products of matrices by the library. Below, its
+LEAST_MULTIPLIED = 17, 3 * 2**26
+"""Sequences, and bytes of in_proj times sequences, from which on large maps are products of matrices by the library. Below, its
 launches, which wait for each other, take longer than what it saves."""
+
+PARTS = 4
+"""Of out_proj's columns, where it is a product: multiplied by themselves, because so few sequences make few tiles of a product."""
 
 STAGED_BYTES = 40 * 1024
 """Shared memory that their normalised vectors may take."""
 
-AHEAD_BYTES = 16 * 2**20
-"""Weights that a small kernel fetches into L2 for those after it, at most."""
+LOADS = 16
+"""Loads of weights that a thread has under way, of few sequences, as far as registers allow."""
+
+AHEAD_BYTES = 2**20
+"""Weights that a small kernel fetches into L2 for those after it, at most: more delays what it is waited for."""
 
 
 class DecodeStep:
@@ -81,8 +87,11 @@ class DecodeStep:
         sizes = {"hidden": c.d_model, "normed": c.d_model, "u": c.d_inner, "z": c.d_inner, "y": c.d_inner}
         sizes |= {"selected": mixer.rank + 2 * c.d_state, "dt": mixer.rank, "B": c.d_state, "C": c.d_state}
         if self.workspace is not None:
-            sizes |= {"xz": 2 * c.d_inner, "delta": c.d_inner}
+            sizes["xz"] = 2 * c.d_inner
         self.buffers = {name: self._zeros(size) for name, size in sizes.items()}
+        self.parts = None  # of what out_proj gives, where the norm adds them up
+        if self.workspace is not None and not c.bias:
+            self.parts = xp.empty((math.gcd(PARTS, c.d_inner), batch, c.d_model), arrays.FLOAT32)
         total = arrays.FLOAT32 if c.residual_in_fp32 else self.dtype
         self.totals = [self._zeros(c.d_model, dtype=total) for _ in range(2)]  # in turn: other blocks still read the last
         embedding = self._own(params["embedding"]["weight"])
@@ -96,7 +105,8 @@ class DecodeStep:
         )
         numbers = {"size": c.vocab_size, "x_row": c.padded_vocab_size}
         vector = _widest(16 // self.dtype.itemsize, self.logits, c.padded_vocab_size)
-        self._add("largest.cu", "largest", {"VECTOR": vector}, batch, numbers, {"x": self.logits, "places": self.tokens})
+        given = {"x": self.logits, "places": self.tokens}
+        self._add("largest.cu", "largest", {"VECTOR": vector}, batch, numbers, given, threads=1024)
 
     def _is_multiplied(self, batch):
         sequences, size = LEAST_MULTIPLIED
@@ -158,8 +168,6 @@ class DecodeStep:
             for name, _, size in self._inner_norms():
                 self._norm(given[name], row, b[name], size, weights[name], c.bc_dt_norm_eps)
                 given[name], rows[name] = b[name], size
-        if self.workspace is not None:
-            self._multiply(b["dt"] if c.bc_dt_norm else b["selected"][:, : c.rank], weights["dt_proj"], b["delta"])
         self._states(weights, state, given, rows, after)
         self._map("out_proj", weights["out_proj"], weights["out_proj.bias"])
 
@@ -175,7 +183,9 @@ class DecodeStep:
         if norm is not None and not fused:
             self._norm(stream.pop("x"), columns, b["normed"], columns, norm, c.norm_eps, stream)
             x, stream, norm = b["normed"], {}, None
-        if self.workspace is not None and bias is None:
+        if self.workspace is not None and bias is None and part != "x_proj":
+            if part == "out_proj":
+                y = self.parts
             self._multiply(x, weight, b["xz"] if conv else y)
             if conv:
                 self._convolve(b["xz"][:, : c.d_inner], conv, state)
@@ -188,19 +198,18 @@ class DecodeStep:
         vector = _widest(pack, weight, columns, *([] if fused else [given["x"], x_row]))
         row_tiles = -(-rows // 8)
         tile = self._batch_tile(row_tiles)
-        batch_tiles = -(-batch // tile)
-        wanted = self.multiprocessors * (2 if batch <= MOST_FUSED else 1)
-        tiles = next(n for n in (8, 4, 2, 1) if n == 1 or (n * tile <= 256 and -(-row_tiles // n) * batch_tiles >= wanted))
+        tiles, blocks = self._row_tiles(row_tiles, tile)
         steps = -(-columns // (4 * pack * WARPS))
         vectors = tile if not self.tensor else max(1, tile // 8)
-        depth = min(steps, max(1, 8 // tiles), max(1, 16 // vectors))  # so that what is under way fits into registers
+        more = tiles * blocks < row_tiles
+        depth = min(steps, max(1, (LOADS if batch <= MOST_FUSED and not more else 8) // tiles), max(1, 16 // vectors))
         constants |= {
             "COLUMNS": columns, "VECTOR": vector, "TENSOR": self.tensor, "BATCH": tile, "TILES": tiles, "DEPTH": depth,
-            "WIDTH": c.d_conv if conv else 0, "NORM": int(fused),
+            "WIDTH": c.d_conv if conv else 0, "NORM": int(fused), "MORE": int(more),
         }  # fmt: skip
         if conv:
             given |= {"state": state.conv, "conv_weight": conv["conv_weight"], "conv_bias": conv["conv_bias"]}
-        blocks = -(-row_tiles // tiles) * batch_tiles
+        blocks *= -(-batch // tile)
         numbers |= {"rows": rows, "dim": c.d_inner, "y_row": rows}
         self._add("matrix_vector.cu", "matrix_vector", constants, blocks, numbers, given, ahead)
 
@@ -211,14 +220,14 @@ class DecodeStep:
     def _convolve(self, x, weights, state):
         """One step of the convolution, where in_proj was a product: from its x to u."""
         tensors = {"state": state.conv, "x": x, "weight": weights["conv_weight"], "bias": weights["conv_bias"]}
-        launch = conv_kernels.plan_update(*tensors.values(), True, self.config.d_conv)
+        launch = conv_kernels.plan_update(*tensors.values(), True, self.config.d_conv, bool(self.overlap))
         self.launches.append(functools.partial(launch, tensors | {"y": self.buffers["u"]}))
 
     def _stream(self, table, turn):
         """What the norm number `turn` of the stream adds up, and where the sum goes."""
         if table is not None:  # the stream begins
             return {"x": table, "tokens": self.tokens, "total": self.totals[0]}
-        return {"x": self.buffers["hidden"], "residual": self.totals[(turn - 1) % 2], "total": self.totals[turn % 2]}
+        return {"x": self.buffers["hidden"], "parts": self.parts, "residual": self.totals[(turn - 1) % 2], "total": self.totals[turn % 2]}
 
     def _batch_tile(self, row_tiles):
         """Sequences that a block has: as many as there are, unless that leaves multiprocessors without a block."""
@@ -228,6 +237,17 @@ class DecodeStep:
         while tile > 16 and row_tiles * -(-self.batch // tile) < self.multiprocessors:
             tile //= 2
         return tile
+
+    def _row_tiles(self, row_tiles, tile):
+        """Tiles of 8 rows that a block has at a time, and row by row of such tiles, blocks. Of few sequences all blocks run at
+        once, two a multiprocessor, in turn where there are more rows. Of more, no multiprocessor is left without a block."""
+        most = 2 * self.multiprocessors
+        if self.batch <= MOST_FUSED:
+            tiles = next((n for n in (1, 2) if -(-row_tiles // n) <= most), 4)
+            return tiles, min(-(-row_tiles // tiles), most)
+        wanted = -(-self.multiprocessors // -(-self.batch // tile))
+        tiles = next(n for n in (8, 4, 2, 1) if n == 1 or (n * tile <= 256 and -(-row_tiles // n) >= wanted))
+        return tiles, -(-row_tiles // tiles)
 
     def _staged(self, columns):
         """Bytes of the normalised vectors of a block."""
@@ -239,7 +259,7 @@ class DecodeStep:
         given = {"x": x, "y": y, "norm_weight": norm["weight"], "norm_bias": norm.get("bias")} | (stream or {})
         constants, numbers = self._norm_parts(x, x_row, size, norm, stream or {}, eps)
         constants |= {"COLUMNS": size, "VECTOR": 1, "TENSOR": 0, "BATCH": 1, "TILES": 1, "DEPTH": 1, "WIDTH": 0, "NORM": 0}
-        constants |= {"TEAMS": 1}
+        constants |= {"TEAMS": 1, "MORE": 0}
         self._add("matrix_vector.cu", "decode_norm", constants, self.batch, numbers | {"y_row": size}, given)
 
     def _norm_parts(self, x, x_row, size, norm, stream, eps):
@@ -248,7 +268,8 @@ class DecodeStep:
         constants = {
             "LAYER": int(norm is not None and not self.config.rms_norm and total is not None),
             "HAS_RESIDUAL": int(stream.get("residual") is not None),
-            "NORM_VECTOR": 1 if norm is None else _widest(4, x, x_row, size),
+            "NORM_VECTOR": 1 if norm is None else _widest(4, x, x_row, size, *(w for w in norm.values() if w is not None)),
+            "PARTS": 0 if stream.get("parts") is None else len(stream["parts"]),
             "TEAMS": 1 if norm is None else min(8, power_of_two(self.batch)),
             "TOTAL_T": kernels.C_TYPES[(self.totals[0] if total is None else total).dtype.name],
         }
@@ -261,12 +282,11 @@ class DecodeStep:
         vector = min(_widest(4, x, c.d_state) for x in states)
         vector = min(vector, *(_widest(vector, given[name], rows[name]) for name in "BC"))
         lanes = min(32, power_of_two(-(-c.d_state // vector)))
-        entries = 4 if self.batch >= 32 else 1
-        multiplied = self.workspace is not None
+        entries = min(4, lanes) if self.batch >= 32 else 1
         widest = _widest(16 // self.dtype.itemsize, weights["dt_proj"], c.rank, given["dt"], rows["dt"])
         constants = {
-            "RANK": 0 if multiplied else c.rank,
-            "RANK_VECTOR": 1 if multiplied else widest,
+            "RANK": c.rank,
+            "RANK_VECTOR": widest,
             "DSTATE": c.d_state,
             "VECTOR": vector,
             "LANES": lanes,
@@ -277,14 +297,12 @@ class DecodeStep:
         tensors = {"state": state.ssm, "A": weights["A"], "D": weights["D"], "dt_bias": weights["dt_bias"]}
         tensors |= {"dt_weight": weights["dt_proj"], "low": given["dt"], "B": given["B"], "C": given["C"]}
         tensors |= {"u": b["u"], "z": b["z"], "y": b["y"], "ahead": after}
-        if multiplied:
-            tensors, numbers["low_row"] = tensors | {"low": b["delta"], "dt_weight": None}, c.d_inner
-            if weights["in_proj.bias"] is None:
-                tensors["z"], numbers["z_row"] = b["xz"].reshape(-1)[c.d_inner :], 2 * c.d_inner
+        if self.workspace is not None and weights["in_proj.bias"] is None:
+            tensors["z"], numbers["z_row"] = b["xz"].reshape(-1)[c.d_inner :], 2 * c.d_inner
         self._add("selective_step.cu", "selective_step", constants, blocks, numbers, tensors, after)
 
     # ------------------------------------------------------------------------------------------------ a launch
-    def _add(self, file, name, constants, blocks, numbers, given, ahead=None):
+    def _add(self, file, name, constants, blocks, numbers, given, ahead=None, threads=THREADS):
         """Append a launch; `blocks` do its work, and on a device that they do not fill, others fetch what `ahead` holds."""
         constants = {"ELEMENT": kernels.C_TYPES[self.dtype.name], "OVERLAP": self.overlap} | constants
         idle = self.multiprocessors - blocks if ahead is not None else 0
@@ -294,7 +312,7 @@ class DecodeStep:
         numbers = {number: numbers.get(number, 0) for number in names if number != "first_block"}
         kernel = kernels.get(file, name, constants)
         overlap = {"overlap": True} if self.overlap else {}
-        launch = kernel.prepare(blocks + max(idle, 0), THREADS, numbers, **overlap)
+        launch = kernel.prepare(blocks + max(idle, 0), threads, numbers, **overlap)
         self.launches.append(functools.partial(launch, {pointer: given.get(pointer) for pointer in pointers}))
 
 

@@ -23,6 +23,7 @@ from mambacupy import arrays, checks_dense
 from mambacupy.ops.causal_conv1d import causal_conv1d_bwd, causal_conv1d_fwd, causal_conv1d_update
 from mambacupy.ops.linear import LinearSaved, embedding_bwd, embedding_fwd, linear_bwd, linear_fwd
 from mambacupy.ops.norm import layer_norm_bwd, layer_norm_fwd, rms_norm_bwd, rms_norm_fwd
+from mambacupy.ops.scan_constants import scan_constants
 from mambacupy.ops.selective_scan import SelectiveScanSaved, selective_scan, selective_scan_bwd, selective_scan_fwd
 from mambacupy.ops.selective_state_update import selective_state_update
 from mambacupy.ops.training import rounded
@@ -551,8 +552,8 @@ class MambaMixer:
         else:
             y, ssm_state = selective_scan(**scan, return_last_state=True)
         if state is not None:
-            state.ssm[...] = ssm_state
-            state.conv[...] = conv_state if lengths is None else _last_inputs(u, state.conv, lengths)
+            arrays.copy_into(state.ssm, ssm_state)
+            arrays.copy_into(state.conv, conv_state if lengths is None else _last_inputs(u, state.conv, lengths))
         out = _blank(_linear(params["out_proj"], _turn(y)), padding)
         return out, MixerSaved(x, xz, selected, y, scan_saved.states, scan["A"], before, lengths) if save else None
 
@@ -626,15 +627,20 @@ class MambaMixer:
         if padding is not None and before is not None:
             xp = arrays.namespace("MambaMixer", delta=delta)
             delta = arrays.choose(xp, padding[:, None, :], STANDSTILL, delta)
+        D, delta_bias = params["D"], params["dt_proj"]["bias"]
+        if A is None:
+            A, D, delta_bias = scan_constants(params["A_log"], D, delta_bias, numbers)
+        else:
+            D, delta_bias = _cast(D, numbers), _cast(delta_bias, numbers)
         scan = {
             "u": c,
             "delta": delta,
-            "A": -np.exp(_cast(params["A_log"], numbers)) if A is None else A,
+            "A": A,
             "B": _turn(B),
             "C": _turn(C),
-            "D": _cast(params["D"], numbers),
+            "D": D,
             "z": z,
-            "delta_bias": _cast(params["dt_proj"]["bias"], numbers),
+            "delta_bias": delta_bias,
             "delta_softplus": True,
             "initial_state": None if before is None else before.ssm,
         }

@@ -38,7 +38,7 @@ class Library:
         self.things[of][attribute] = value._obj.value
         return 0
 
-    cublasLtMatmulDescSetAttribute = cublasLtMatmulPreferenceSetAttribute = _set
+    cublasLtMatmulDescSetAttribute = cublasLtMatmulPreferenceSetAttribute = cublasLtMatrixLayoutSetAttribute = _set
 
     def _destroy(self, of):
         self.things[of] = None
@@ -60,7 +60,7 @@ class Library:
         self.calls += 1
         self.workspaces.append(workspace)
         a, b, c = (self._at(x, self.things[layout]) for x, layout in ((a, a_layout), (b, b_layout), (c, c_layout)))
-        a, b = (x.T if self.things[operation][i] else x for i, x in ((3, a), (4, b)))
+        a, b = (x.swapaxes(1, 2) if self.things[operation][i] else x for i, x in ((3, a), (4, b)))
         alpha, beta = (ctypes.c_float.from_address(x).value for x in (alpha, beta))
         assert alpha == 1
         before = beta * c.astype(float) if beta else 0
@@ -68,10 +68,13 @@ class Library:
         return self.status
 
     def _at(self, address, layout):
+        """Matrices (count, rows, columns)."""
         dtype, rows, columns, stride = (layout[name] for name in ("dtype", "rows", "columns", "stride"))
-        size = ((columns - 1) * stride + rows) * dtype.itemsize
+        count, to_next = layout.get(5, 1), layout.get(6, 0)
+        size = ((count - 1) * to_next + (columns - 1) * stride + rows) * dtype.itemsize
         flat = np.frombuffer((ctypes.c_char * size).from_address(address), dtype)
-        return np.lib.stride_tricks.as_strided(flat, (rows, columns), (dtype.itemsize, stride * dtype.itemsize))
+        strides = (n * dtype.itemsize for n in (to_next, 1, stride))
+        return np.lib.stride_tricks.as_strided(flat, (count, rows, columns), tuple(strides))
 
 
 def install(monkeypatch, memory):

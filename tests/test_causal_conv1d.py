@@ -9,7 +9,7 @@ import test_kernels
 from scipy.signal import lfilter
 
 from mambacupy import check_gradients, checks_conv, kernels
-from mambacupy.ops import conv_kernels
+from mambacupy.ops import conv_kernels, plans
 from mambacupy.ops.causal_conv1d import causal_conv1d, causal_conv1d_bwd, causal_conv1d_fwd, causal_conv1d_update
 from mambacupy.reference import conv as reference
 
@@ -329,6 +329,17 @@ def test_row_on_a_gpu(row):
         assert x is None or cp.asnumpy(x).tobytes() == cp.asnumpy(again[name]).tobytes(), name
     if y.size and y.shape[2] > 1:
         assert np.argsort(y.strides).tolist() == np.argsort(cases.to_gpu(arguments["x"]).strides).tolist()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("reverse", [False, True])
+def test_blocks_in_turn_on_a_gpu(monkeypatch, reverse):
+    """As where there are many more blocks than run at once, whose backward pass asks for lines ahead of time."""
+    cp = pytest.importorskip("cupy")
+    device = kernels.device()._replace(multiprocessors=1)
+    monkeypatch.setattr(kernels, "device", lambda: device)
+    monkeypatch.setattr(plans, "_plans", {})
+    compare(cp, *make(dim=40, length=2100, dtype="bfloat16", reverse=reverse))
 
 
 VIEWS = {

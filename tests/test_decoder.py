@@ -89,6 +89,9 @@ EMULATED = {
     "tensor-cores-batch-20": ("bfloat16", 20, {"n_layer": 1, "d_model": 32, "vocab_size": 20}, True),
     "conv-1-state-70": ("float32", 1, {"n_layer": 1, "d_conv": 1, "d_state": 70}, True),
     "no-layer": ("float32", 1, {"n_layer": 0}, True),
+    "rows-in-turn": ("float32", 2, {"n_layer": 1, "vocab_size": 700}, True),
+    "rows-in-turn-tensor-cores": ("float16", 2, {"n_layer": 1, "vocab_size": 700, "bias": True}, True),
+    "four-sequences-a-thread": ("float32", 34, {"n_layer": 1}, True),
 }
 
 
@@ -111,7 +114,7 @@ def test_a_step_of_products_is_the_models(memory, monkeypatch, row):
         return step.logits, step.tokens
 
     assert follow(model, params, 33, run, step.state) <= ERRORS["float16"]
-    assert library.calls == 2 * (3 if row == "biases" else 5)
+    assert library.calls == 2 * (1 if row == "biases" else 3)
 
 
 def test_the_same_bits_again(memory):
@@ -208,7 +211,7 @@ def test_small_kernels_fetch_for_later_ones():
     for _, name, _, blocks, _, numbers, arrays in recorded(768, "float16", 1):
         if name == "selective_step" or (name == "matrix_vector" and numbers["rows"] == 80):
             assert blocks == 132 > numbers["blocks"]
-            assert numbers["ahead_bytes"] == min(arrays["ahead"].nbytes, 16 * 2**20) > 2**20
+            assert numbers["ahead_bytes"] == min(arrays["ahead"].nbytes, decode_step.AHEAD_BYTES) >= 2**20
 
 
 def test_a_decoder_refuses():
@@ -269,7 +272,7 @@ def test_gpu_products_in_the_graph_are_the_plain_path(row, dtype, monkeypatch):
 @pytest.mark.parametrize("options", [{"graph": False}, {"overlap": False}, {}], ids=["launches", "graph", "overlapping"])
 @pytest.mark.parametrize("batch", [1, 8, 9, 100])
 def test_gpu_sizes_of_a_real_model(batch, options):
-    model = MambaLM(MambaConfig(d_model=768, n_layer=3, vocab_size=5000), "float16")
+    model = MambaLM(MambaConfig(d_model=768, n_layer=3, vocab_size=9000), "float16")
     params = map_params(lambda p: p.astype(np.float16) if p.ndim == 2 else p, model.init(np.random.default_rng(0)))
     assert on_gpu(model, params, batch, **options) <= ERRORS["float16"]
 

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulato
 
 TOLERANCE = {"float16": 6e-4, "bfloat16": 4e-3, "float32": 2e-6, "float64": 1e-14}
 BASE = {"dim": 24, "length": 70, "width": 4, "dtype": "bfloat16", "order": "length", "activation": "silu", "reverse": False}
+BASE |= {"multiprocessors": emulator.H100.multiprocessors}
 ROWS = {
     "base": {},
     "float32": {"dtype": "float32"},
@@ -32,6 +33,8 @@ ROWS = {
     "width-11": {"width": 11},
     "length-2": {"length": 2},
     "length-520-dim-7": {"length": 520, "dim": 7},
+    "blocks-in-turn": {"length": 1100, "multiprocessors": 1},
+    "blocks-in-turn-reverse": {"length": 1100, "multiprocessors": 1, "reverse": True, "dtype": "float32"},
 }
 
 
@@ -59,8 +62,9 @@ def wide(x):
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_convolution(memory, row):
+def test_convolution(memory, monkeypatch, row):
     case = BASE | ROWS[row]
+    monkeypatch.setattr(kernels, "device", lambda: emulator.H100._replace(multiprocessors=case["multiprocessors"]))
     rng = np.random.default_rng(0)
     dtype, shape = cases.DTYPES[case["dtype"]], (2, case["dim"], case["length"])
     like = cases.make(**{k: case[k] for k in ("dim", "length", "dtype", "order")})[0]["u"]
@@ -97,13 +101,13 @@ def test_convolution_of_one_token(memory, normal, width, dtype):
 
 @pytest.mark.parametrize("state_size", [1, 6, 16, 130])
 @pytest.mark.parametrize(("dtype", "A_dtype"), [("bfloat16", "f4"), ("float32", "c8"), ("float64", "f8")])
-@pytest.mark.parametrize("groups", [(), (2,)])
-def test_state_update(memory, normal, state_size, dtype, A_dtype, groups):
+@pytest.mark.parametrize(("batch", "groups"), [(3, ()), (3, (2,)), (33, (2,))])
+def test_state_update(memory, normal, state_size, dtype, A_dtype, batch, groups):
     element, A_dtype = cases.DTYPES[dtype], np.dtype(A_dtype)
-    state, A = normal(3, 10, state_size, dtype=A_dtype), normal(10, state_size, dtype=A_dtype)
+    state, A = normal(batch, 10, state_size, dtype=A_dtype), normal(10, state_size, dtype=A_dtype)
     A.real[...] = -abs(A.real)
-    x, dt, z = (normal(3, 10, dtype=element) for _ in range(3))
-    B, C = (normal(3, *groups, state_size, dtype=A_dtype if A_dtype.kind == "c" else element) for _ in range(2))
+    x, dt, z = (normal(batch, 10, dtype=element) for _ in range(3))
+    B, C = (normal(batch, *groups, state_size, dtype=A_dtype if A_dtype.kind == "c" else element) for _ in range(2))
     D, bias = (normal(10, dtype=A.real.dtype) for _ in range(2))
     given, after = (x, dt, A, B, C, D, z, bias), wide(state)
     wanted = state_update.selective_state_update(after, *map(wide, given), dt_softplus=True)

@@ -51,6 +51,18 @@ def test_products(xp, library, view, dtype, wide):
     assert library.calls == 3
 
 
+@pytest.mark.parametrize("view", ["as they lie", "right turned", "left turned", "both turned", "rows apart"])
+def test_parts_of_a_product(xp, library, view):
+    rng = np.random.default_rng(0)
+    a, b = VIEWS[view](*(rng.integers(-8, 9, (10, 10)).astype(np.float16) for _ in range(2)))
+    inner = a.shape[1] // 5
+    out = xp.empty((5, a.shape[0], b.shape[1]), np.dtype(np.float32))
+    assert products.product(xp, a, b, out) is out and library.calls == 1
+    for part, made in enumerate(out):
+        here = slice(part * inner, (part + 1) * inner)
+        assert np.array_equal(made, a[:, here].astype(float) @ b[here].astype(float))
+
+
 @pytest.mark.parametrize("view", [lambda a: a[:, ::2], lambda a: a[:, ::-1], lambda a: np.broadcast_to(a[:1], a.shape)])
 def test_other_matrices_are_copied(xp, library, view):
     a = np.arange(20.0).reshape(4, 5).astype(np.float16)

@@ -32,6 +32,9 @@ ROWS = {
     "dim-37": {"dim": 37},
     "batch-1": {"batch": 1},
     "batch-0": {"batch": 0},
+    "batch-33": {"batch": 33},
+    "batch-33-state-6-bfloat16": {"batch": 33, "state": 6, "dtype": "bfloat16"},
+    "batch-33-state-1-complex": {"batch": 33, "state": 1, "complex": True},
     "dim-0": {"dim": 0},
 }
 
@@ -150,7 +153,8 @@ def test_launches_get_what_the_struct_names(recorder, row):
     for file, _, constants, blocks, threads, numbers, given in recorder.launched:
         pointers, wanted = kernels.parameter_names(kernels.specialise(file, dict(constants)))
         assert set(pointers) <= set(given) and set(wanted) <= set(numbers) | {"first_block"}
-        assert blocks * threads >= case["batch"] * case["dim"] * dict(constants)["LANES"] > (blocks - 1) * threads
+        entries = -(-case["batch"] // dict(constants)["ENTRIES"])
+        assert blocks * threads >= entries * case["dim"] * dict(constants)["LANES"] > (blocks - 1) * threads
 
 
 def test_states_that_do_not_lie_side_by_side_are_moved_one_by_one(recorder):

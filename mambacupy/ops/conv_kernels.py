@@ -11,8 +11,13 @@ THREADS = 128
 WIDEST = 8
 """The widest filter that is kept in registers. Wider ones run plain loops over memory."""
 
-WARPS = 24
-"""Warps on each multiprocessor that are wanted before a thread is given more steps of time, where those are contiguous."""
+CHUNKS, WARPS = 4, 24
+"""Where steps are contiguous: packs that a thread walks; backward, where each part reads more of its neighbours, all that there
+are beyond so many warps on each multiprocessor."""
+
+EARLY = 2
+"""Chunks of time before their loads, backward, lines are asked into L2, where blocks take turns on the multiprocessors. Where all
+run at once it is slower."""
 
 MOST_STEPS = {"forward": 128, "backward": 256}
 """Steps that a thread walks where channels are contiguous, at most. Each part reads width - 1 steps of its neighbours again."""
@@ -58,11 +63,14 @@ def _steps(length, blocks, at_a_time, most):
 def _layout(args, axis, direction, tensors):
     """Constants, numbers and blocks of a launch: which steps and channels a thread has."""
     vector = plans.widest_access(axis, tensors)
-    multiprocessors = kernels.device().multiprocessors
+    multiprocessors, early = kernels.device().multiprocessors, 0
     if axis == 2:
         lanes = min(32, power_of_two(-(-args.length // vector)))
-        wanted = 32 * WARPS * multiprocessors  # threads
-        splits = max(1, min(wanted // (args.batch * args.dim * lanes), -(-args.length // (4 * lanes * vector))))
+        splits = -(-args.length // (CHUNKS * lanes * vector))
+        if direction == "backward":
+            wanted, threads = 32 * WARPS * multiprocessors, args.batch * args.dim * lanes
+            early = EARLY if threads > wanted and splits > 1 else 0
+            splits = max(1, min(wanted // threads, splits))
         steps = -(-args.length // (splits * lanes * vector)) * lanes * vector
         threads, weight_vector = args.batch * args.dim * lanes, 1
     else:
@@ -84,6 +92,8 @@ def _layout(args, axis, direction, tensors):
         "LANES": lanes,
         "WEIGHT_VECTOR": weight_vector,
     }
+    if direction == "backward":
+        constants["EARLY"] = early
     numbers = {"batch": args.batch, "dim": args.dim, "length": args.length, "steps": steps, "splits": splits}
     return constants, numbers, -(-threads * splits // THREADS)
 
@@ -289,20 +299,22 @@ def _wide_backward(args, dy, dfinal_state, given):
 
 
 # ---------------------------------------------------------------------------------------------------- one step
-def plan_update(state, x, weight, bias, silu, width):
-    """The launch of one step, given a dict with all of these arrays and y (batch, dim), by name."""
+def plan_update(state, x, weight, bias, silu, width, overlap=False):
+    """The launch of one step, given a dict with all of these arrays and y (batch, dim), by name. With `overlap` it may begin
+    before the kernel in front has ended, of which only x is expected."""
     constants = {
         "X_T": kernels.C_TYPES[x.dtype.name],
         "W_T": kernels.C_TYPES[weight.dtype.name],
         "SILU": int(silu),
         "REVERSE": 0,
         "WIDTH": width,
+        "OVERLAP": int(overlap),
     }
     numbers = {"batch": x.shape[0], "dim": x.shape[1]}
     numbers |= plans.strides(x, x_batch=0, x_dim=1) | plans.strides(bias, bias_dim=0)
     numbers |= plans.strides(state, state_batch=0, state_dim=1, state_tap=2) | plans.strides(weight, weight_dim=0, weight_tap=1)
     kernel = kernels.get("causal_conv1d_update.cu", "causal_conv1d_update", constants)
-    return kernel.prepare(-(-x.size // THREADS), THREADS, numbers)
+    return kernel.prepare(-(-x.size // THREADS), THREADS, numbers, **({"overlap": True} if overlap else {}))
 
 
 def update(xp, state, x, weight, bias, silu, width):

@@ -68,7 +68,7 @@ def rms_norm_fwd(x, weight, residual=None, *, eps=1e-5, residual_dtype=None):
     args = checks_dense.norm("rms_norm_fwd", x, weight, None, residual, eps, residual_dtype)
     if args.xp.__name__ == "numpy":
         return reference.rms_norm_fwd(x, weight, residual, eps=eps, residual_dtype=residual_dtype)
-    with x.device:
+    with kernels.device_of(x):
         y, total, _, rstd = _forward(args, eps, layer=False)
     return y, total, RMSNormSaved(total, weight, rstd, x.dtype, getattr(residual, "dtype", None))
 
@@ -131,7 +131,7 @@ def layer_norm_fwd(x, weight, bias=None, residual=None, *, eps=1e-5, residual_dt
     args = checks_dense.norm("layer_norm_fwd", x, weight, bias, residual, eps, residual_dtype)
     if args.xp.__name__ == "numpy":
         return reference.layer_norm_fwd(x, weight, bias, residual, eps=eps, residual_dtype=residual_dtype)
-    with x.device:
+    with kernels.device_of(x):
         y, total, mean, rstd = _forward(args, eps, layer=True)
     return y, total, LayerNormSaved(total, weight, bias, mean, rstd, x.dtype, getattr(residual, "dtype", None))
 
@@ -168,6 +168,16 @@ def _layout(dim, vector, most):
     return {
         "KEPT": int(kept), "THREADS": max(team, 128), "TEAM": team, "VECTOR": vector, "ITEMS": items if kept else 1,
     }  # fmt: skip
+
+
+def _forward_layout(dim, vector, most):
+    """The same where rows are read once: as many threads a row as have equal shares of it, each with 16 bytes of the widest
+    tensor at a time. What they keep is little, so that many rows are under way."""
+    packs = dim // vector
+    team = min(512, packs & -packs)
+    if team < 32 or packs // team * vector > most:
+        return _layout(dim, vector, most)
+    return {"KEPT": 1, "THREADS": max(team, 128), "TEAM": team, "VECTOR": vector, "ITEMS": packs // team}
 
 
 def _types(**dtypes):
@@ -207,7 +217,9 @@ def _plan_forward(x, weight, bias, residual, y, total, x_row, residual_row, eps,
     tensors = [(x, x_row), (weight,), (y,), *((t,) for t in (bias, total) if t is not None)]
     if residual is not None:
         tensors.append((residual, residual_row))
-    layout = _layout(dim, rows.widest_access(dim, *tensors), 128 // real.itemsize)
+    widest = max(t.itemsize for t in (x, residual, total) if t is not None)
+    vector = min(rows.widest_access(dim, *tensors), 16 // widest)
+    layout = _forward_layout(dim, vector, 128 // real.itemsize)
     constants = layout | {"BACKWARD": 0, "LAYER": int(layer), "HAS_RESIDUAL": int(residual is not None)}
     constants |= _types(
         X_T=x.dtype, W_T=weight.dtype, RESIDUAL_T=x.dtype if residual is None else residual.dtype,

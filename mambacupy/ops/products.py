@@ -24,6 +24,7 @@ WORKSPACE_BYTES = 32 * 2**20
 _TYPES = {"float32": 0, "float16": 2, "bfloat16": 14}  # of cudaDataType_t
 _COMPUTE_32F = 68  # of cublasComputeType_t
 _TRANSA, _TRANSB = 3, 4  # of cublasLtMatmulDescAttributes_t
+_COUNT, _TO_NEXT = 5, 6  # of cublasLtMatrixLayoutAttribute_t: matrices, and how far from one to the next
 _MOST_WORKSPACE, _ALIGNMENT_OF_A = 1, 5  # of cublasLtMatmulPreferenceAttributes_t; those of B, C and D follow
 _16_BIT = {arrays.FLOAT_DTYPES["float16"], arrays.BFLOAT16}
 _FACTORS = (ctypes.c_float * 2)(0, 1)
@@ -44,8 +45,9 @@ def product(xp, a, b, out=None, accumulate=False, dtype=None, workspace=None):
         cupy.
     a, b : array (rows, inner), (inner, columns)
         Of one dtype.
-    out : array (rows, columns), optional
-        C-contiguous; where the product goes. It has no part in a and b.
+    out : array (rows, columns) or (parts, rows, columns), optional
+        C-contiguous; where the product goes. It has no part in a and b. With parts, of which inner is a multiple, it is that of
+        equal parts of inner, each by itself: for whoever adds them up where it reads them.
     accumulate : bool
         Add to what is in `out`.
     dtype : dtype, optional
@@ -55,7 +57,7 @@ def product(xp, a, b, out=None, accumulate=False, dtype=None, workspace=None):
 
     Returns
     -------
-    array (rows, columns)
+    array (rows, columns), or `out`
     """
     made = out
     if a.dtype in _16_BIT and a.dtype == b.dtype and 0 not in a.shape and b.shape[1] and _library(xp) is not None:
@@ -64,6 +66,9 @@ def product(xp, a, b, out=None, accumulate=False, dtype=None, workspace=None):
         if _multiplied(xp, a, b, made, accumulate, workspace):
             return made
     result = _by_operator(a, b)
+    if out is not None and out.ndim == 3:
+        out[1:] = 0
+        out = out[0]
     if out is None:
         return result if dtype is None else result.astype(dtype, copy=False)
     out[...] = result + out if accumulate else result
@@ -124,10 +129,17 @@ class _Plan:
         self.operation = self._make("MatmulDesc", _COMPUTE_32F, _TYPES["float32"])
         for attribute, transposed in ((_TRANSA, b_transposed), (_TRANSB, a_transposed)):
             self._set("MatmulDesc", self.operation, attribute, ctypes.c_int32(transposed))
-        (rows, columns), inner, kind = out.shape, a.shape[1], _TYPES[a.dtype.name]
+        (rows, columns), kind = out.shape[-2:], _TYPES[a.dtype.name]
+        parts = out.shape[0] if out.ndim == 3 else 1
+        inner = a.shape[1] // parts
         self.b = self._make("MatrixLayout", kind, *((inner, columns) if b_transposed else (columns, inner)), b_stride)
         self.a = self._make("MatrixLayout", kind, *((rows, inner) if a_transposed else (inner, rows)), a_stride)
         self.out = self._make("MatrixLayout", _TYPES[out.dtype.name], columns, rows, columns)
+        if parts > 1:
+            far = inner * (1 if b_transposed else b_stride), inner * (a_stride if a_transposed else 1), rows * columns
+            for layout, to_next in zip((self.b, self.a, self.out), far, strict=True):
+                self._set("MatrixLayout", layout, _COUNT, ctypes.c_int32(parts))
+                self._set("MatrixLayout", layout, _TO_NEXT, ctypes.c_int64(to_next))
         preference = self._make("MatmulPreference")
         self._set("MatmulPreference", preference, _MOST_WORKSPACE, ctypes.c_uint64(WORKSPACE_BYTES))
         for i, x in enumerate((b, a, out, out)):

@@ -16,6 +16,9 @@ from mambacupy.reference import state_update as reference
 
 __all__ = ["selective_state_update"]
 
+ENTRIES, MANY = 4, 8
+"""Batch entries of which a thread has the same channel, and how many there have to be for that: fewer leave the GPU idle."""
+
 
 def selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, *, dt_softplus=False):
     """Take one step of `mambacupy.selective_scan` (Euler's form), and update the state in place.
@@ -111,15 +114,17 @@ def _launch(args, dt_softplus):
     reals = 2 if args.complex else 1
     with_states = {"state": args.state, "A": args.A, "B": args.B, "C": args.C}
     vector = 16 // args.A.itemsize
-    while vector > 1 and not (vector <= args.dstate and all(_fits(x, vector) for x in with_states.values())):
+    while vector > 1 and not (args.dstate % vector == 0 and all(_fits(x, vector) for x in with_states.values())):
         vector //= 2
     lanes = min(32, power_of_two(-(-args.dstate // vector)))
+    entries = min(ENTRIES, lanes) if args.batch >= MANY else 1
     constants = {
         "U_T": kernels.C_TYPES[args.x.dtype.name],
         "B_T": kernels.C_TYPES[arrays.real_of(args.B.dtype).name],
         "C_T": kernels.C_TYPES[arrays.real_of(args.C.dtype).name],
         "COMPLEX": int(args.complex),
         "LANES": lanes,
+        "ENTRIES": entries,
         "VECTOR": vector,
     }
     numbers = {
@@ -142,7 +147,7 @@ def _launch(args, dt_softplus):
         **plans.strides(args.C, C_batch=0, C_group=1, C_n=2),
     }
     numbers |= {name: stride * reals for name, stride in of_states.items()}
-    threads = args.batch * args.dim * lanes
+    threads = -(-args.batch // entries) * args.dim * lanes
     kernel = kernels.get("selective_state_update.cu", "selective_state_update", constants)
     return kernel.prepare(-(-threads // THREADS), THREADS, numbers, order=_ORDER)
 
