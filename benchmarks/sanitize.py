@@ -42,7 +42,9 @@ def main():
 
 
 def scans():
-    rows = {row: cases.ROWS[row] for row in ROWS} | {"parts of time": {"batch": 1, "dim": 3, "length": 1100}}
+    rows = {row: cases.ROWS[row] for row in ROWS}
+    rows |= {"parts of time": {"batch": 1, "dim": 3, "length": 1100}, "parts together": {"batch": 1, "dim": 40, "length": 1000}}
+    rows["rows across packs"] = {"length": 197, "dtype": "bfloat16"}
     for row, changes in rows.items():
         arguments, options = cases.make(**changes)
         given = {name: None if x is None else cases.to_gpu(x) for name, x in arguments.items()}

@@ -215,6 +215,9 @@ DEVICE Pack<T, COUNT> joined(const Pack<T, COUNT>& low, const Pack<T, COUNT>& hi
     return pack;
 }
 
+// How many of the COUNT elements at x lie before the multiple of a pack's size among them, or at their end.
+template <int COUNT, typename T> DEVICE int before_boundary(const T* x) { return (int)(0 - (size_t)x / sizeof(T)) & (COUNT - 1); }
+
 // x itself, of which the compiler knows nothing: what follows from it is computed where it is used, not kept in registers.
 DEVICE long long recomputed(long long x) {
 #ifdef __CUDA_ARCH__
@@ -252,6 +255,18 @@ DEVICE void let_next_begin() {
     asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
+
+// A cluster: blocks that run together, and can meet. What each has written to global memory before, all see after.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define CLUSTER_OF(blocks) __cluster_dims__(blocks, 1, 1)
+DEVICE void cluster_meets() { asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" : : : "memory"); }
+#elif defined(__CUDA_ARCH__)
+#define CLUSTER_OF(blocks)
+DEVICE void cluster_meets() {}                                         // there are none, and nobody launches one
+#else
+#define CLUSTER_OF(blocks)
+DEVICE void cluster_meets() { __cluster_barrier(); }
+#endif
 
 // Ask for a line of memory that will be read soon.
 DEVICE void prefetch(const void* at) {

@@ -15,10 +15,11 @@
 //
 // Few channels and long sequences: time is cut into parts, and a first launch with CARRIES_ONLY runs the recurrence alone
 // (tile.cuh). Where parts are few, each then finds by itself what enters it, from what all before it hand on (CHAINS); where they
-// are many, combine_carries.cu has found it.
+// are many, combine_carries.cu has found it. Where all parts of all channels fit into the GPU's shared memory, one launch does it:
+// the CLUSTER parts of a block's channels run together, prepare what they have once, and exchange what they hand on.
 //
-// Compile-time, besides tile.cuh's: CARRIES_ONLY CHAINS ZOH SOFTPLUS GATED (is there a z?) SLICED (the states are, over launches)
-// SHARED_BYTES BLOCKS_PER_SM. All are set by mambacupy/ops/, with the reasons.
+// Compile-time, besides tile.cuh's: CARRIES_ONLY CHAINS CLUSTER BUFFERS (tiles in shared memory) ZOH SOFTPLUS GATED (is there a z?)
+// SLICED (the states are, over launches) SHARED_BYTES BLOCKS_PER_SM. All are set by mambacupy/ops/, with the reasons.
 #define COEFFICIENT_PADDING 16
 #include "tile.cuh"
 
@@ -56,8 +57,9 @@ struct Buffer {                                                        // of one
     alignas(16) state_t C[C_STAGED ? TILE * COEFFICIENT_PITCH : 1];
 };
 struct Shared {
-    Buffer buffers[2];
-    real skip[BLOCK_CHANNELS], bias[BLOCK_CHANNELS];                   // D and delta_bias
+    Buffer buffers[BUFFERS];
+    alignas(16) real skip[BLOCK_CHANNELS];                             // D
+    alignas(16) real bias[BLOCK_CHANNELS];                             // delta_bias
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "SHARED_BYTES is computed in ops/mapping.py");
 
@@ -77,13 +79,32 @@ DEVICE int first_pair(const Item& item) {
     return item.row(0) * BLOCK_CHANNELS + (int)column<sizeof(Pair)>(item.c, item.first_row());
 }
 DEVICE int next_pair(int first, int j) { return TIME_CONTIGUOUS ? first + (REVERSE ? -j : j) * BLOCK_CHANNELS : first ^ j; }
+// Where eight channels lie side by side, pairs are moved two at a time, and 16 bytes of D and delta_bias likewise: the items of
+// neighbouring threads lie so far apart that shared memory would take as long for half of it. (With four, registers would spill.)
+constexpr int TOGETHER = !TIME_CONTIGUOUS && VECTOR == 8 ? 2 : 1;
+struct alignas(TOGETHER * sizeof(Pair)) Pairs { Pair at[TOGETHER]; };
+DEVICE Pairs& pairs_at(const Pair* pairs, int at) { return *const_cast<Pairs*>(reinterpret_cast<const Pairs*>(pairs + at)); }
+DEVICE void of_channels(const real* constants, const Item& item, real (&each)[VECTOR]) {
+    constexpr int N = TOGETHER == 1 ? 1 : 16 / sizeof(real);
+    struct alignas(N * sizeof(real)) Reals { real at[N]; };
+    Reals some = reinterpret_cast<const Reals*>(constants + item.c % BLOCK_CHANNELS)[0];
+#pragma unroll
+    for (int j = 0; j < VECTOR; ++j) {
+        if (!TIME_CONTIGUOUS && j > 0 && j % N == 0) some = reinterpret_cast<const Reals*>(constants + item.c % BLOCK_CHANNELS)[j / N];
+        each[j] = some.at[j % N];
+    }
+}
 constexpr int ITEM_ROWS = THREADS / ((TIME_CONTIGUOUS ? TILE : BLOCK_CHANNELS) / VECTOR);     // between two items of a thread
 static_assert(ITEM_ROWS > 0, "items of a thread lie below each other");
-// Rows that do not begin at a multiple of an item: read and written by aligned packs all the same, each of which holds the end of
-// one item and the beginning of the next.
+// Rows that do not begin at a multiple of 16 bytes are read and written by aligned packs all the same, each of which holds the end
+// of one item and the beginning of the next.
 constexpr int ROW_ITEMS = TILE / VECTOR;
 constexpr bool STRADDLES = TIME_CONTIGUOUS && 4 * ACCESS <= VECTOR && sizeof(Pack<element, VECTOR>) == 16 && ROW_ITEMS <= 32 &&
                            (ALL_ITEMS % THREADS == 0 || ALL_ITEMS % 32 == 0);
+// Whether what is needed first is read first: without too many registers, and where the recurrence does not take by far the longest.
+constexpr bool FINISHED_FIRST = ITEMS <= 2 && CHANNELS == 1 && !STRADDLES;
+// Where a thread has many items, a branch between them keeps the compiler from finishing all at once, and registers from spilling.
+constexpr bool ASKS_FOR_PARTS = SLICED || ITEMS > 2;
 constexpr bool PART_OF_A_LINE = TIME_CONTIGUOUS && TILE * sizeof(element) < 128;              // is a row of a tile in memory
 
 // The accesses of a thread to B or C: found once where there are few, so that the compiler does not find them anew in every tile.
@@ -147,11 +168,16 @@ struct Inputs {                                                        // of one
     DEVICE state_t C_of(int i) const { return C[i / SIDE_BY_SIDE].at[i % SIDE_BY_SIDE]; }
 };
 
-extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selective_scan_fwd(const Params p) {
+extern "C" __global__ void CLUSTER_OF(CLUSTER) __launch_bounds__(2 * THREADS, BLOCKS_PER_SM)
+selective_scan_fwd(const Params p) {
     extern __shared__ __align__(16) char shared_bytes[];
     Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
 
-    const Block block(p.first_block + blockIdx.x, p.splits, p.span, p.blocks_per_span, p.blocks_per_batch);
+    long long index = p.first_block + blockIdx.x;
+    if (CLUSTER > 1)                                                   // neighbours are the parts of time of the same channels
+        index = (index / CLUSTER / p.blocks_per_batch * CLUSTER + index % CLUSTER) * p.blocks_per_batch +
+                index / CLUSTER % p.blocks_per_batch;
+    const Block block(index, p.splits, p.span, p.blocks_per_span, p.blocks_per_batch);
     const Split time(block.split, p.splits, p.length);
     if (CARRIES_ONLY && CHAINS && block.split == p.splits - 1) return; // nobody asks what the last part hands on
     const long long b = block.b, c0 = block.c0;
@@ -197,7 +223,7 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
         }
     }
     // Few parts of time: what enters this one is chained here, from what those before it hand on.
-    if (CHAINS && !CARRIES_ONLY && !does_elements) {
+    auto chain_parts = [&] {
         constexpr int AHEAD = CHANNELS * SLOTS <= 4 ? 8 : 4;           // parts that are read at once
         for (long long first = 0; first < block.split; first += AHEAD) {
             state_t local[AHEAD][CHANNELS][SLOTS] = {};
@@ -225,7 +251,8 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
                 }
             }
         }
-    }
+    };
+    if (CHAINS && !CARRIES_ONLY && CLUSTER == 1 && !does_elements) chain_parts();
     // A copy of the states for the backward pass or the caller: `at` points to (batch, dim, state) of this block's entry.
     auto write_states = [&](state_t* at) {
 #pragma unroll
@@ -290,7 +317,7 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
 
     // Items that are on their way: of the tile to be prepared next, and of the one to be finished next. u is read for both,
     // because two tiles of it would fill too many registers meanwhile.
-    Pack<element, VECTOR> u_next[ITEMS], delta_next[ITEMS], u_done[ITEMS] = {}, z_done[ITEMS];              // u_done: 0 without D
+    Pack<element, VECTOR> u_next[ITEMS], delta_next[ITEMS], u_done[ITEMS] = {}, z_done[ITEMS];          // u_done: 0 without D
     Pack<B_T, B_VECTOR * REALS> B_next[COEFFICIENTS_AHEAD ? B_LOADS : 1];
     Pack<C_T, C_VECTOR * REALS> C_next[COEFFICIENTS_AHEAD ? C_LOADS : 1];
     const Kept<B_TIME_FAST, B_VECTOR, B_LOADS> B_items(0, B);
@@ -302,20 +329,22 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
         return load_coefficient(C_items.item(k), C.base + C_items.offset(k, C), C.imag, tile_steps, (int)p.state);
     };
 
-    // Whether the tiles on both sides of one exist in this part of time, and so much of them that aligned packs may reach into them.
-    auto is_inner = [&](int tile) { return tile > 0 && tile + 1 < tiles && steps_of(from_end ? tile - 1 : tile + 1) >= VECTOR; };
-    // Elements of the item at `x` that lie before the multiple of 16 bytes in it, or at its end.
-    auto in_pack_before = [&](const element* x) { return (int)(0 - (size_t)x / sizeof(element)) & (VECTOR - 1); };
+    // Whether the tiles on both sides exist in this part of time, and so much of them that aligned packs may reach into them.
+    auto is_inner = [&](int tile) {
+        return tile > 0 && tile + 1 < tiles && steps_of(from_end ? tile - 1 : tile + 1) >= VECTOR;
+    };
 
-    // Items of a tensor in a tile; all of them exist in most tiles. Of those that lie across two packs the later is on its way a tile
-    // ahead. The earlier was read for the item before: `complete` reads it again when it is needed.
+    // Items of a tensor in a tile; all of them exist in most tiles. Of those that lie across two packs the later is on its way a
+    // tile ahead. The earlier was read for the item before: `complete` reads it again when it is needed.
     auto load_items = [&](Pack<element, VECTOR> (&items)[ITEMS], const element* from, long long row, int tile) {
         const int tile_steps = steps_of(tile);
         if (STRADDLES && is_inner(tile)) {
 #pragma unroll
             for (int k = 0; k < ITEMS; ++k) {
-                const element* const at = from + k * ITEM_ROWS * row;
-                items[k] = load_whole<element, VECTOR>(at + in_pack_before(at), item_of(k, TILE).valid > 0);
+                const element* at = from + k * ITEM_ROWS * row;
+                at += before_boundary<VECTOR>(at);
+                if (PART_OF_A_LINE && is_whole(TILE)) items[k] = load_with_line<element, VECTOR>(at);
+                else items[k] = load_whole<element, VECTOR>(at, item_of(k, TILE).valid > 0);
             }
         } else if (!STRADDLES && is_whole(tile_steps)) {
 #pragma unroll
@@ -337,12 +366,12 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
 #pragma unroll
         for (int k = 0; k < ITEMS; ++k) {
             const element* const at = next - ahead + k * ITEM_ROWS * row;
-            const int count = in_pack_before(at);
+            const int count = before_boundary<VECTOR>(at);
             earlier[k] = load_whole<element, VECTOR>(at + count - VECTOR, count > 0 && item_of(k, TILE).valid > 0);
         }
 #pragma unroll
         for (int k = 0; k < ITEMS; ++k)
-            items[k] = joined(earlier[k], items[k], in_pack_before(next - ahead + k * ITEM_ROWS * row));
+            items[k] = joined(earlier[k], items[k], before_boundary<VECTOR>(next - ahead + k * ITEM_ROWS * row));
     };
 
     auto load = [&](int tile) {
@@ -390,17 +419,20 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
         for (int k = 0; k < ITEMS; ++k) {
             const Item item = item_of(k, tile_steps);
             real dt[VECTOR];
+            of_channels(shared.bias, item, dt);
 #pragma unroll
-            for (int j = 0; j < VECTOR; ++j) dt[j] = to_real(delta_next[k].get(j)) + shared.bias[item.channel(j) % BLOCK_CHANNELS];
+            for (int j = 0; j < VECTOR; ++j) dt[j] += to_real(delta_next[k].get(j));
             if (SOFTPLUS) softplus_each<step_t>(dt);
             if (!is_whole(tile_steps) && item.valid < VECTOR) {        // after softplus: a step of 0 leaves h as it is
 #pragma unroll
                 for (int j = 0; j < VECTOR; ++j) if (j >= item.valid) dt[j] = 0;
             }
 #pragma unroll
-            for (int j = 0; j < VECTOR; ++j) {
-                const Pair step = {dt[j], dt[j] * to_real(u_next[k].get(j))};
-                if (item.in_tile(k)) buffer.pairs[0][next_pair(pairs_of(k), j)] = step;
+            for (int j = 0; j < VECTOR; j += TOGETHER) {
+                Pairs steps;
+#pragma unroll
+                for (int i = 0; i < TOGETHER; ++i) steps.at[i] = {dt[j + i], dt[j + i] * to_real(u_next[k].get(j + i))};
+                if (item.in_tile(k)) pairs_at(buffer.pairs[0], next_pair(pairs_of(k), j)) = steps;
             }
         }
     };
@@ -439,29 +471,29 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
             const Item item = item_of(k, tile_steps);
             if (!item.in_tile(k)) continue;
             element* const y = y_to_finish + k * ITEM_ROWS * p.y_row;
-            real sum[VECTOR];
+            real sum[VECTOR], skip[VECTOR];
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
-                sum[j] = 0;
 #pragma unroll
                 for (int i = 0; i < PARTS; i += 2) {
-                    const Pair parts = buffer.pairs[i / 2][next_pair(pairs_of(k), j)];
+                    const Pair parts = pairs_at(buffer.pairs[i / 2], next_pair(pairs_of(k), j / TOGETHER * TOGETHER)).at[j % TOGETHER];
                     sum[j] = i == 0 ? parts.at[0] : sum[j] + parts.at[0];
                     if (i + 1 < PARTS) sum[j] += parts.at[1];
                 }
                 if (COMPLEX) sum[j] *= real(2);
             }
-            if (SLICED && p.parts_in) {                                // parts lie as y does
+            if (ASKS_FOR_PARTS && p.parts_in) {                                // parts lie as y does
 #pragma unroll
                 for (int j = 0; j < VECTOR; ++j) if (j < item.valid) sum[j] += p.parts_in[y - p.y + j];
             }
-            if (SLICED && p.parts_out) {
+            if (ASKS_FOR_PARTS && p.parts_out) {
 #pragma unroll
                 for (int j = 0; j < VECTOR; ++j) if (j < item.valid) p.parts_out[y - p.y + j] = sum[j];
                 continue;
             }
+            of_channels(shared.skip, item, skip);
 #pragma unroll
-            for (int j = 0; j < VECTOR; ++j) sum[j] += shared.skip[item.channel(j)] * to_real(u_done[k].get(j));
+            for (int j = 0; j < VECTOR; ++j) sum[j] += skip[j] * to_real(u_done[k].get(j));
             if (GATED) {
 #pragma unroll
                 for (int j = 0; j < VECTOR; ++j) {
@@ -562,6 +594,15 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
         }
     };
 
+    auto hand_on = [&] {
+        const long long batch_split = b * p.splits + block.split;
+        write_states(p.carries + batch_split * p.dim * p.state_total);
+#pragma unroll
+        for (int k = 0; k < CHANNELS; ++k)
+            if (lane == 0 && k * GROUPS + group < channels)
+                p.totals[batch_split * p.dim + c0 + k * GROUPS + group] = memory.total[k];
+    };
+
     // ------------------------------------------------------------------------------------------ the walk
 #if CARRIES_ONLY
     // The teams walk side by side, because the recurrence decides how far.
@@ -579,13 +620,51 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
             else carry_tile(shared.buffers[tile & 1], false);
         }
     }
-    if (does_elements) return;
-    const long long batch_split = b * p.splits + block.split;
-    write_states(p.carries + batch_split * p.dim * p.state_total);
+    if (!does_elements) hand_on();
+#elif CLUSTER > 1
+    // What this part hands on is found while it is prepared. All of it then lies in shared memory, and so it is prepared once.
+    if (does_elements) {
+        if (tiles > 0) load(0);
+        keep_constants();
+        all_meet();
+        for (int tile = 0; tile < tiles; ++tile) {
+            prepare(tile, shared.buffers[tile]);
+            if (tile + 1 < tiles) load(tile + 1);
+            all_meet();
+        }
+        if (tiles > 0) load_to_finish(0);
+        cluster_meets();
+        for (int tile = 0; tile < tiles; ++tile) {
+            all_meet();
+            finish(tile, shared.buffers[tile]);
+            if (tile + 1 < tiles) load_to_finish(tile + 1);
+        }
+        return;
+    }
+    state_t first[CHANNELS][SLOTS];                                    // what enters the first part
 #pragma unroll
-    for (int k = 0; k < CHANNELS; ++k)
-        if (lane == 0 && k * GROUPS + group < channels)
-            p.totals[batch_split * p.dim + c0 + k * GROUPS + group] = memory.total[k];
+    for (int k = 0; k < CHANNELS; ++k) {
+#pragma unroll
+        for (int i = 0; i < SLOTS; ++i) first[k][i] = h[k][i], h[k][i] = {};
+    }
+    all_meet();
+    for (int tile = 0; tile < tiles; ++tile) {
+        all_meet();
+        if (block.split < p.splits - 1) carry_tile(shared.buffers[tile], false);
+    }
+    if (block.split < p.splits - 1) hand_on();
+    cluster_meets();
+#pragma unroll
+    for (int k = 0; k < CHANNELS; ++k) {
+#pragma unroll
+        for (int i = 0; i < SLOTS; ++i) h[k][i] = first[k][i];
+    }
+    chain_parts();
+    for (int tile = 0; tile < tiles; ++tile) {
+        advance(t_first + (long long)tile * ahead, steps_of(tile), shared.buffers[tile]);
+        all_meet();
+    }
+    if (block.split == p.splits - 1) write_states(p.last_state + b * p.dim * p.state_total);
 #else
     // While the recurrence is at a tile, the other team finishes the one before and prepares the one after it, in the other buffer.
     // Each team has a loop of its own, so that registers hold what it needs and no more.
@@ -599,9 +678,10 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
             Buffer& other = shared.buffers[(tile + 1) & 1];
             all_meet();
             if (tile > 0) finish(tile - 1, other);
+            if (FINISHED_FIRST) load_to_finish(tile);
             if (tile + 1 < tiles) prepare(tile + 1, other);
             if (tile + 2 < tiles) load(tile + 2);
-            load_to_finish(tile);
+            if (!FINISHED_FIRST) load_to_finish(tile);
         }
         all_meet();
         if (tiles > 0) finish(tiles - 1, shared.buffers[(tiles - 1) & 1]);

@@ -28,7 +28,7 @@ LEAST_MULTIPLIED = 17, 3 * 2**26
 launches, which wait for each other, take longer than what it saves."""
 
 PARTS = 4
-"""Of out_proj's columns, where it is a product: multiplied by themselves, because so few sequences make few tiles of a product."""
+"""Of out_proj's columns, where it is a product: multiplied by themselves, because so few sequences make few tiles of it."""
 
 STAGED_BYTES = 40 * 1024
 """Shared memory that their normalised vectors may take."""
@@ -227,7 +227,8 @@ class DecodeStep:
         """What the norm number `turn` of the stream adds up, and where the sum goes."""
         if table is not None:  # the stream begins
             return {"x": table, "tokens": self.tokens, "total": self.totals[0]}
-        return {"x": self.buffers["hidden"], "parts": self.parts, "residual": self.totals[(turn - 1) % 2], "total": self.totals[turn % 2]}
+        residual, total = self.totals[(turn - 1) % 2], self.totals[turn % 2]
+        return {"x": self.buffers["hidden"], "parts": self.parts, "residual": residual, "total": total}
 
     def _batch_tile(self, row_tiles):
         """Sequences that a block has: as many as there are, unless that leaves multiprocessors without a block."""

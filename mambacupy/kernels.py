@@ -241,6 +241,7 @@ class Device(NamedTuple):
     multiprocessors: int
     shared_bytes: int  # that a block may have
     shared_bytes_of_multiprocessor: int
+    has_clusters: bool = False  # blocks can be made to run together
 
 
 def device():
@@ -254,9 +255,11 @@ def device():
 def _device(index):
     import cupy
 
-    attributes = cupy.cuda.Device(index).attributes
+    device = cupy.cuda.Device(index)
+    attributes = device.attributes
     return Device(
         attributes["MultiProcessorCount"],
         attributes["MaxSharedMemoryPerBlockOptin"],
         attributes["MaxSharedMemoryPerMultiprocessor"],
+        int(device.compute_capability) >= 90,
     )

@@ -28,10 +28,31 @@ OTHERS = {
     "two channels a lane, reverse": ({"batch": 1, "dim": 141, "length": 70, "state": 30, "reverse": True}, ONE),
     **{
         f"rows across packs, {dtype}{', reverse' * reverse}, length {length}": (
-            {"dim": 24, "length": length, "state": 4, "dtype": dtype, "reverse": reverse}, emulator.FULL
+            {"dim": 24, "length": length, "state": 4, "dtype": dtype, "reverse": reverse},
+            emulator.FULL,
         )
-        for dtype in ("bfloat16", "float32") for reverse in (False, True) for length in (197, 222, 333)
+        for dtype in ("bfloat16", "float32")
+        for reverse in (False, True)
+        for length in (197, 222, 333)
     },
+    "parts of time together": ({"batch": 1, "dim": 20, "length": 1001, "state": 4}, emulator.CLUSTERS),
+    "parts of time together, reverse": ({"dim": 20, "length": 1001, "state": 4, "reverse": True}, emulator.CLUSTERS),
+    "parts of time together, channel order": (
+        {"dim": 24, "length": 600, "state": 16, "dtype": "bfloat16", "order": "channel"},
+        emulator.CLUSTERS,
+    ),
+    "parts of time together, some empty": ({"dim": 5, "length": 330, "state": 3, "delta_softplus": False}, emulator.CLUSTERS),
+    "parts of time together, complex": ({"dim": 5, "length": 300, "complex": True, "initial_state": False}, emulator.CLUSTERS),
+    "parts of time together, groups": ({"dim": 24, "length": 300, "B": 4, "C": 6}, emulator.CLUSTERS),
+    "rows across packs, complex": (
+        {"dim": 5, "length": 197, "complex": True, "dtype": "bfloat16", "B": "interleaved", "C": "interleaved"},
+        emulator.FULL,
+    ),
+    "rows across packs, channel order, 40 states": (
+        {"length": 197, "state": 40, "dtype": "bfloat16", "order": "channel"},
+        emulator.FULL,
+    ),
+    "rows across packs, parts of time": ({"dim": 7, "length": 1101, "dtype": "bfloat16", "reverse": True}, emulator.H100),
     "64 KiB of shared memory": ({"dim": 130}, SMALL),
     "64 KiB of shared memory, float64": ({"dim": 130, "dtype": "float64"}, SMALL),
 }
@@ -61,13 +82,14 @@ FORGETFUL = {
 }
 
 
+@pytest.mark.parametrize(("device", "length"), [(emulator.H100, 1100), (emulator.CLUSTERS, 1000)], ids=["apart", "together"])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("kind", FORGETFUL)
-def test_parts_of_time_that_forget(monkeypatch, kind, reverse):
-    case = {"batch": 1, "dim": 5, "length": 1100, "state": 8, "reverse": reverse}
+def test_parts_of_time_that_forget(monkeypatch, kind, reverse, device, length):
+    case = {"batch": 1, "dim": 5, "length": length, "state": 8, "reverse": reverse}
     arguments, options = cases.make(**case)
     arguments["A"] = np.ascontiguousarray(FORGETFUL[kind](arguments["A"]), arguments["A"].dtype)
-    check(monkeypatch, emulator.H100, cases.BASE | case, arguments, options)
+    check(monkeypatch, device, cases.BASE | case, arguments, options)
 
 
 def test_an_infinite_decay_forgets_at_once(monkeypatch):
@@ -80,19 +102,20 @@ def test_an_infinite_decay_forgets_at_once(monkeypatch):
         assert np.isfinite(one).all() and one.tobytes() == two.tobytes()
 
 
+@pytest.mark.parametrize(("device", "length"), [(emulator.H100, 1152), (emulator.CLUSTERS, 1024)], ids=["apart", "together"])
 @pytest.mark.parametrize(("dtype", "A", "small"), [("float32", 1.0, 1e-25), ("float64", 7.0, 1e-250)])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_parts_of_time_that_grow(monkeypatch, dtype, A, small, reverse):
+def test_parts_of_time_that_grow(monkeypatch, dtype, A, small, reverse, device, length):
     """The decay over a part overflows, though nothing that it multiplies does: what is 0 stays 0, and what is small grows."""
-    case = {"batch": 1, "dim": 3, "length": 1152, "state": 4, "dtype": dtype, "delta_softplus": False, "reverse": reverse}
+    case = {"batch": 1, "dim": 3, "length": length, "state": 4, "dtype": dtype, "delta_softplus": False, "reverse": reverse}
     arguments, options = cases.make(**case, delta_bias=False)
     dy, dlast_state = scans.incoming(arguments)
-    steps = np.arange(1152)[::-1] if reverse else np.arange(1152)  # in the order of the walk
+    steps = np.arange(length)[::-1] if reverse else np.arange(length)  # in the order of the walk
     arguments["A"][...] = A
-    arguments["delta"][...] = np.where(steps < 1024, 0, 0.9)  # all growth lies in the last part, of 128 steps
-    arguments["u"][..., steps < 1144] = dy[..., steps > 1032] = 0
+    arguments["delta"][...] = np.where(steps < length - 128, 0, 0.9)  # all growth lies in the last part, of 128 steps
+    arguments["u"][..., steps < length - 8] = dy[..., steps > length - 120] = 0
     arguments["initial_state"] *= small
-    got, grads = run(monkeypatch, emulator.H100, arguments, options, dy, dlast_state * small)
+    got, grads = run(monkeypatch, device, arguments, options, dy, dlast_state * small)
     y, last_state, _ = reference.selective_scan_fwd(**cases.in_double(arguments), **options)
     wanted = scans.oracle(arguments, options, dy, dlast_state * small)
     most = 0.9 * A * 128 * np.finfo(dtype).eps  # e^x amplifies a rounding of x by x

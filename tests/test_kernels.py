@@ -63,12 +63,19 @@ def instantiations():
     """Every kernel that the rows of the GPU tests need, with the name of the first row that needs it."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        for rows, multiprocessors, suffix in ((cases.ROWS, 1, ""), (cases.FEW_CHANNELS, 132, ", few channels")):
+        kinds = {"float32": {}, "bfloat16": {"dtype": "bfloat16"}, "complex": {"complex": True}}
+        parts = {f"parts of time, {kind}": {"length": 520} | changes for kind, changes in kinds.items()}
+        for rows, device, suffix in (
+            (cases.ROWS, DEVICES["90"]._replace(multiprocessors=1), ""),
+            ({row: cases.ROWS[row] for row in cases.FEW_CHANNELS}, DEVICES["90"], ", few channels"),
+            (parts, DEVICES["90"], ""),
+            (parts, DEVICES["90"]._replace(has_clusters=True), ", together"),
+        ):
             recorder = record(patch)
-            patch.setattr(kernels, "device", lambda n=multiprocessors: DEVICES["90"]._replace(multiprocessors=n))
-            for row in rows:
+            patch.setattr(kernels, "device", lambda device=device: device)
+            for row, changes in rows.items():
                 recorder.compiled.clear()
-                scan(*cases.make(**cases.ROWS[row]))
+                scan(*cases.make(**changes))
                 for file, _, constants in recorder.compiled:
                     found.setdefault((file, constants), row + suffix)
     return [pytest.param(file, dict(constants), id=f"{file}-{row}") for (file, constants), row in found.items()]
@@ -81,6 +88,8 @@ def test_compiles_for_every_architecture_without_spills(file, constants, request
     architectures = kernels.ARCHITECTURES
     if request.node.callspec.id.endswith("few channels"):  # three such blocks take more shared memory than others have
         architectures = ("80", "90", "100")
+    if request.node.callspec.id.endswith("together"):
+        architectures = ("90", "100", "120")
     # The scan's kernels take seconds to compile: but for their base case, one architecture a row, each in its turn.
     if "scan_" in file and not request.node.callspec.id.endswith("-base") and not request.config.getoption("--compile-all"):
         architectures = (architectures[sum(file.encode() + repr(constants).encode()) % len(architectures)],)

@@ -16,8 +16,8 @@ CHUNKS, WARPS = 4, 24
 are beyond so many warps on each multiprocessor."""
 
 EARLY = 2
-"""Chunks of time before their loads, backward, lines are asked into L2, where blocks take turns on the multiprocessors. Where all
-run at once it is slower."""
+"""Chunks of time before their loads, backward, lines are asked into L2, where blocks take turns on the multiprocessors. Where
+all run at once it is slower."""
 
 MOST_STEPS = {"forward": 128, "backward": 256}
 """Steps that a thread walks where channels are contiguous, at most. Each part reads width - 1 steps of its neighbours again."""

@@ -21,6 +21,13 @@ MOST_PARTS_CHAINED = 32
 """Parts of time of which each finds by itself what enters it, in the forward direction: so many take less time than a launch
 that finds it for all."""
 
+MOST_PARTS_TOGETHER = 8
+"""Parts of time that run together and exchange what they hand on within a launch: blocks of a cluster, as many as any GPU that
+has clusters allows."""
+
+SHARE_OF_CLUSTERS = 0.75
+"""Of a GPU, that clusters fill for sure: the blocks of one must find room close to each other."""
+
 COST_OF_HALF_A_BLOCK = 1.08
 """Time for a channel in a block of half the size, relative to a full one: fewer channels share a load of B and C."""
 
@@ -40,6 +47,8 @@ class Mapping(NamedTuple):
     blocks_per_sm: int  # that the compiler leaves registers for
     splits: int
     shared_bytes: int  # dynamic shared memory
+    cluster: int = 1  # parts of time that run together, all of them if any
+    buffers: int = 2  # tiles in shared memory
 
     @property
     def constants(self):
@@ -103,6 +112,22 @@ def _most_work(args, splits, threads, block_channels, full, device):
 def forward(args, state, device):
     """Mapping of the forward kernel for `state` states a channel, on a `kernels.Device`.
 
+    Parts of time run together, in one launch, where they need not be longer for it, and all of them fit into the GPU at once
+    with all that they prepare.
+    """
+    mapping = _forward_of(args, state, device, False)
+    if 1 < mapping.splits <= MOST_PARTS_TOGETHER and device.has_clusters:
+        together = _forward_of(args, state, device, True)
+        blocks = min(device.shared_bytes_of_multiprocessor // (together.shared_bytes + 1024), together.blocks_per_sm)
+        places = SHARE_OF_CLUSTERS * blocks * device.multiprocessors
+        if together.shared_bytes <= device.shared_bytes and _blocks(args, together) <= places:
+            return together
+    return mapping
+
+
+def _forward_of(args, state, device, together):
+    """The mapping whose parts of time, if there are any, run together, or in two launches.
+
     Eight states a lane (four complex ones) are enough independent work to hide the latencies of one step, and leave little to
     add up across lanes. Parts of time cost their recurrence twice, so they come only where they fill a GPU that is mostly idle;
     lanes cost sums across them, and come where there are still too few warps. Where there are more than enough and B and C are
@@ -111,7 +136,10 @@ def forward(args, state, device):
     slots = min(4 if args.complex else 8, power_of_two(state))
     lanes = power_of_two(-(-state // slots))
     lanes_wanted, lanes_given = 32 * ENOUGH_WARPS * device.multiprocessors, args.batch * args.dim * lanes
-    splits = _parts_of_time(args, lanes_wanted // lanes_given, CHUNKS_OF_A_PART) if lanes_given * 3 <= lanes_wanted else 1
+    wanted = lanes_wanted // lanes_given if lanes_given * 3 <= lanes_wanted else 1
+    splits = _parts_of_time(args, wanted, CHUNKS_OF_A_PART)
+    if together:
+        splits = power_of_two(min(_parts_of_time(args, wanted, 1), MOST_PARTS_TOGETHER) // 2 + 1)  # rounded down
     while slots > 1 and lanes < 32 and 2 * args.batch * args.dim * lanes * splits <= lanes_wanted:
         slots, lanes = slots // 2, lanes * 2
     real_bytes, state_bytes = _bytes(args)
@@ -119,18 +147,26 @@ def forward(args, state, device):
     work = {size: _most_work(args, splits, size, size // lanes * channels, 128, device) for size in (128, 64)}
     threads = min(work, key=work.get)
     room, blocks_per_sm = _shared_bytes_for_two(device), (256 if real_bytes == 4 else 128) // threads
-    lone = _lone_block(args, splits, lanes, device) if lanes <= 2 <= slots and state_bytes == 4 else math.inf
+    lone = math.inf if together or lanes > 2 or slots == 1 or state_bytes > 4 else _lone_block(args, splits, lanes, device)
     if lone * COST_OF_A_LONE_BLOCK < work[threads]:
         threads, room, blocks_per_sm = lone, device.shared_bytes, 1
         if lone <= 160:  # twice the warps, of 96 registers a thread: four schedulers share them more evenly
             lanes, slots, threads = 2 * lanes, slots // 2, 2 * lone
     block_channels = threads // lanes * channels
-    for tile in (32, 16, 8, 4, 2, 1):
-        shared_bytes = _forward_shared_bytes(args, lanes, slots, tile, block_channels)
+    for tile in (64, 32, 16, 8, 4, 2, 1):
+        shared_bytes = _forward_shared_bytes(args, lanes, slots, tile, block_channels, 2)
         in_registers = tile * block_channels // threads * args.u.itemsize  # bytes of each tensor that a thread holds
-        if in_registers <= 64 and shared_bytes <= room:
+        # So many threads have few registers each, but little in them: tiles are longer, and fewer.
+        most_in_registers = 64 if tile < 64 else 32 if threads > 256 else 0
+        if in_registers <= most_in_registers and shared_bytes <= room:
             break
-    return Mapping(lanes, slots, channels, tile, threads, 2, blocks_per_sm, splits, shared_bytes)
+    mapping = Mapping(lanes, slots, channels, tile, threads, 2, blocks_per_sm, splits, shared_bytes)
+    if not together:
+        return mapping
+    chunks = -(-args.length // CHUNK)
+    buffers = power_of_two(-(-chunks // splits) * CHUNK // tile)
+    shared_bytes = _forward_shared_bytes(args, lanes, slots, tile, block_channels, buffers)
+    return mapping._replace(shared_bytes=shared_bytes, cluster=splits, buffers=buffers)
 
 
 def _lone_block(args, splits, lanes, device):
@@ -140,13 +176,13 @@ def _lone_block(args, splits, lanes, device):
     return next(fitting, math.inf)
 
 
-def _forward_shared_bytes(args, lanes, slots, tile, block_channels):
+def _forward_shared_bytes(args, lanes, slots, tile, block_channels, buffers):
     """An upper bound of sizeof(Shared) in selective_scan_fwd.cu, which checks it."""
     real_bytes, state_bytes = _bytes(args)
     varying = (args.groups_B > 0) + (args.groups_C > 0)
     pairs = 1 if lanes < 4 else 2  # of numbers, of an element
     coefficients = varying * (lanes * slots * state_bytes + 16)  # of a step
-    return 2 * tile * (2 * pairs * block_channels * real_bytes + coefficients) + 2 * block_channels * real_bytes + 1024
+    return buffers * tile * (2 * pairs * block_channels * real_bytes + coefficients) + 2 * block_channels * real_bytes + 1024
 
 
 def backward(args, state, device):

@@ -160,7 +160,7 @@ def _launches(args, layout, name, common, numbers, entering, backward, order):
         kernel = kernels.get(file, name, constants, layout.shared_bytes)
         return kernel.prepare(blocks, layout.threads * layout.teams, numbers, order=order)
 
-    if layout.splits == 1:
+    if layout.splits == 1 or layout.cluster > 1:
         return [prepare(0)]
     if chains:
         return [prepare(1), prepare(0)]
@@ -265,7 +265,8 @@ def plan_forward(args, delta_softplus, reverse, save):
     layout = mapping.forward(args, min(args.state, most), kernels.device())
     tensors = {name: x for name, x in (("u", args.u), ("delta", args.delta), ("z", args.z)) if x is not None}
     common = _common(args, layout, tensors, delta_softplus, reverse)
-    common = common._replace(constants=common.constants | {"SLICED": int(args.state > most)})
+    more = {"SLICED": int(args.state > most), "CLUSTER": layout.cluster, "BUFFERS": layout.buffers}
+    common = common._replace(constants=common.constants | more)
     numbers = common.numbers | plans.strides(args.initial_state, init_batch=0, init_dim=1, init_state=2)
     fresh = _fresh_results(args, common.axis, save, _carries(args, layout))
     order = _order(_FORWARD, fresh, "initial_state", "parts_in", "parts_out")
