@@ -71,9 +71,11 @@ def operations(dtype):
             (causal_conv1d_update(before, tensor(2, 7), weight, bias, activation="silu"), before),
         )
 
-    state, A, (x, dt, z) = floats(2, 7, 5), -abs(floats(7, 5)), (tensor(2, 7) for _ in "xdz")
-    y = selective_state_update(state, x, dt, A, tensor(2, 5), tensor(2, 5), floats(7), z, floats(7), dt_softplus=True)
-    yield f"state update {dtype}", (y, state)
+    for batch in (2, 9):  # one entry a thread, and four
+        state, A, (x, dt, z) = floats(batch, 7, 5), -abs(floats(7, 5)), (tensor(batch, 7) for _ in "xdz")
+        B, C = tensor(batch, 5), tensor(batch, 5)
+        y = selective_state_update(state, x, dt, A, B, C, floats(7), z, floats(7), dt_softplus=True)
+        yield f"state update {dtype}, batch {batch}", (y, state)
 
     for dim in (50, 20001):  # in registers, and longer rows
         x, residual, weight = tensor(5, dim), floats(5, dim), floats(dim)
@@ -113,6 +115,9 @@ def with_library(dtype):
         model.advance(params, given[:, :5], state)
         logits = model.advance(params, given[:, 5:6], state)
         yield f"steps {dtype}, batch {batch}", (logits, decoder.step(given[:, 5]))
+    model = MambaLM(MambaConfig(d_model=48, n_layer=1, vocab_size=9000), dtype)  # blocks take the rows of logits in turn
+    params = map_params(cp.asarray, model.init(np.random.default_rng(0)))
+    yield f"step {dtype}, many logits", (Decoder(model, params, 3, graph=False).step(tokens[:3, 0]),)
 
 
 if __name__ == "__main__":

@@ -98,8 +98,9 @@ class MambaLM:
     def init_state(self, params, batch):
         """The state before the first token of `batch` rows, where the parameters lie: a tuple with one `State` per block."""
         weight = self._check_params(params)
-        xp, dtype = arrays.library_of("MambaLM", "params", weight), self._dtype(weight)
-        return tuple(self.block.mixer.init_state(xp, batch, dtype) for _ in range(self.config.n_layer))
+        xp, n_layer = arrays.library_of("MambaLM", "params", weight), self.config.n_layer
+        whole = self.block.mixer.init_state(xp, n_layer * batch, self._dtype(weight))  # in two allocations
+        return tuple(type(whole)(*(x[i * batch : (i + 1) * batch] for x in whole)) for i in range(n_layer))
 
     @classmethod
     def from_pretrained(cls, folder, *, dtype=None, checkpoint=False, **options):
