@@ -140,6 +140,6 @@ def test_sanitized_operations(monkeypatch, dtype):
 
     monkeypatch.setattr(cases, "to_gpu", lambda x: x)
     found = dict(sanitize.operations(dtype))
-    assert len(found) == 14
+    assert len(found) == 15
     for name, results in found.items():
         assert all(np.isfinite(x.astype(np.float64)).all() for x in results if x is not None), name
