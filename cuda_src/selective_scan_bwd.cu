@@ -52,16 +52,17 @@ struct Loaded {                                                        // an ite
     int count;                                                         // of its elements that `first` holds
 
     Loaded() = default;
-    DEVICE Loaded(const T* at, int valid) {
-        if (!STRADDLES) {
+    DEVICE Loaded(const T* at, int valid, bool is_inner) {             // is_inner: the row goes on beyond the tile, both ways
+        if (!STRADDLES || !is_inner) {
             last = load_by<ACCESS, T, VECTOR>(at, valid);
-        } else {                                                       // no pack without an element of the item
+            count = 0;
+        } else {
             count = (int)(0 - (size_t)at / sizeof(T)) & (VECTOR - 1);
             first = load_whole<T, VECTOR>(at + count - VECTOR, count > 0 && valid > 0);
-            last = load_whole<T, VECTOR>(at + count, valid > count);
+            last = load_whole<T, VECTOR>(at + count, valid > 0);
         }
     }
-    DEVICE Pack<T, VECTOR> whole() const {                             // where nothing exists: anything if it straddles, or else zeros
+    DEVICE Pack<T, VECTOR> whole() const {
         if constexpr (STRADDLES) return joined(first, last, count);
         else return last;
     }
@@ -256,11 +257,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
         auto from = [&](auto* x, long long batch, long long row) {
             return x + b * batch + tile_offset(t0, c0, row) + item.offset(row);
         };
+        const bool is_inner = t0 > 0 && t0 + TILE + VECTOR <= p.length;
         Tensors x;
-        x.u = Loaded<element>(from(p.u, p.u_batch, p.u_row), item.valid);
-        x.delta = Loaded<element>(from(p.delta, p.delta_batch, p.delta_row), item.valid);
-        x.dy = Loaded<DY_T>(from(p.dy, p.dy_batch, p.dy_row), item.valid);
-        if (GATED) x.z = Loaded<element>(from(p.z, p.z_batch, p.z_row), item.valid);
+        x.u = Loaded<element>(from(p.u, p.u_batch, p.u_row), item.valid, is_inner);
+        x.delta = Loaded<element>(from(p.delta, p.delta_batch, p.delta_row), item.valid, is_inner);
+        x.dy = Loaded<DY_T>(from(p.dy, p.dy_batch, p.dy_row), item.valid, is_inner);
+        if (GATED) x.z = Loaded<element>(from(p.z, p.z_batch, p.z_row), item.valid, is_inner);
         return x;
     };
     auto prefetch_tile = [&](long long t0) {                           // all of the tile that begins at t0
@@ -390,10 +392,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
             }
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
-                const bool exists = !STRADDLES || item.has(j);
-                const real x = exists ? to_real(u.get(j)) : real(0), step = item.has(j) ? dt[j] : real(0);
+                const real x = to_real(u.get(j)), step = item.has(j) ? dt[j] : real(0);
                 shared.steps[item.row(j)][column<sizeof(Step)>(item.channel(j), item.first_row())] = {step, ZOH ? x : step * x};
-                shared.gates[item.row(j)][column<sizeof(real)>(item.channel(j), item.first_row())] = exists ? gy[j] : real(0);
+                shared.gates[item.row(j)][column<sizeof(real)>(item.channel(j), item.first_row())] = gy[j];
             }
         }
         __syncthreads();
