@@ -130,7 +130,7 @@ DEVICE Pack<T, COUNT> load_with_line(const T* from) {
 #endif
 }
 
-// One instruction. Left to itself, the compiler stores a pack word by word.
+// One instruction, to global memory alone. Left to itself, the compiler stores a pack word by word.
 template <typename T, int COUNT>
 DEVICE void store_at_once(T* to, const Pack<T, COUNT>& pack) {
 #ifdef __CUDA_ARCH__

@@ -255,7 +255,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BATCH <= 8 ? 2 : 0) matrix
 
     if (NORM) {
         normalise(p, 0, first_row == 0, weights, [&](int team, int column, const Pack<element, NORM_VECTOR>& y) {
-            store_pack<element, NORM_VECTOR>(staged + team * STAGED_ROW + column, y, NORM_VECTOR);
+            *reinterpret_cast<Pack<element, NORM_VECTOR>*>(staged + team * STAGED_ROW + column) = y;
         });
         __syncthreads();
     }
