@@ -57,7 +57,7 @@ struct Loaded {                                                        // an ite
             last = load_by<ACCESS, T, VECTOR>(at, valid);
             count = 0;
         } else {
-            count = (int)(0 - (size_t)at / sizeof(T)) & (VECTOR - 1);
+            count = before_boundary<VECTOR>(at);
             first = load_whole<T, VECTOR>(at + count - VECTOR, count > 0 && valid > 0);
             last = load_whole<T, VECTOR>(at + count, valid > 0);
         }
@@ -125,7 +125,7 @@ struct Params {
     long long u_batch, u_row, delta_batch, delta_row, z_batch, z_row, dy_batch, dy_row, du_batch, du_row, plane;
     long long A_dim, A_state, D_dim, bias_dim, dlast_batch, dlast_dim, dlast_state_stride;
     long long B_batch, B_group, B_state, B_time, B_imag, C_batch, C_group, C_state, C_time, C_imag;
-    long long delta_softplus, first_block;
+    long long first_block;
 };
 
 // A from its rate, to be summed over n: a real one is left in its unit, and the sum is brought back by A_UNIT.
@@ -330,7 +330,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
         }
     };
 
-    const bool gathers = CARRIES_ONLY && __syncthreads_and(p.delta_softplus && !memory.grows());
+    const bool gathers = CARRIES_ONLY && __syncthreads_and(SOFTPLUS && !memory.grows());
     const bool from_end = REVERSE == gathers;
     const int back = from_end ? -CHUNK : CHUNK;
     long long t0 = from_end ? (time.end - 1) / CHUNK * CHUNK : time.begin;

@@ -464,8 +464,8 @@ selective_scan_fwd(const Params p) {
 
     auto finish = [&](int tile, const Buffer& buffer) {
         const int tile_steps = steps_of(tile);
-        complete(u_done, u_to_finish, p.u_row, tile);
-        complete(z_done, z_to_finish, p.z_row, tile);
+        if (p.D) complete(u_done, u_to_finish, p.u_row, tile);
+        if (GATED) complete(z_done, z_to_finish, p.z_row, tile);
 #pragma unroll
         for (int k = 0; k < ITEMS; ++k) {
             const Item item = item_of(k, tile_steps);

@@ -4,7 +4,7 @@
 // BLOCK_CHANNELS columns. Rows are in the order in which time is walked (`reverse` turns them here and nowhere else).
 // Two kinds of work meet in such a tile:
 //   element by element   in the memory order of u: an item is VECTOR neighbouring elements, of which an instruction moves ACCESS:
-//                        all, or fewer where they do not lie aligned;
+//                        all, or fewer where they do not lie aligned, if not by aligned packs that STRADDLE two items;
 //   step by step         LANES neighbouring lanes hold the states of CHANNELS channels, SLOTS states of each in every lane.
 //
 // Compile-time: COMPLEX REVERSE TIME_CONTIGUOUS VECTOR ACCESS LANES SLOTS CHANNELS TILE THREADS, the element types U_T B_T C_T, and for
@@ -197,7 +197,7 @@ struct Block {
 // ---------------------------------------------------------------------------------------------- parts of time
 // Where a channel's own work is too little for the GPU, time is cut into `splits` parts of whole chunks, each for a block of
 // its own. A first launch (CARRIES_ONLY) finds what each part hands on when nothing enters it; combine_carries.cu chains that,
-// or the blocks of the forward kernel do themselves, where parts are few.
+// or the blocks of the forward kernel do themselves, where parts are few. Forward, one launch may do all of it (CLUSTER).
 struct Split {
     long long begin, end;                                              // steps, as they lie in memory
 
@@ -209,10 +209,10 @@ struct Split {
     }
 };
 
-// What a part hands on is gathered from the end at which it leaves, and only as far as the states of a block remember: where what
-// is left of a step after all that lie between would be below 2^FORGOTTEN of itself, nothing further is looked at. Where steps
-// may be negative (no softplus) or a state grows, a decay over many steps may overflow though that of each step does not: such
-// parts are walked in order, by the recurrence itself.
+// That launch gathers what a part hands on from the end at which it leaves, and only as far as the states of a block remember:
+// where what is left of a step after all that lie between would be below 2^FORGOTTEN of itself, nothing further is looked at. Where
+// steps may be negative (no softplus) or a state grows, a decay over many steps may overflow though that of each step does not:
+// such parts are walked in order, by the recurrence itself.
 constexpr real FORGOTTEN = sizeof(real) == 4 ? -150 : -1100;           // log2 of less than the smallest number
 
 template <int COUNT>

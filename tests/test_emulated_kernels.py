@@ -102,6 +102,14 @@ def test_an_infinite_decay_forgets_at_once(monkeypatch):
         assert np.isfinite(one).all() and one.tobytes() == two.tobytes()
 
 
+@pytest.mark.parametrize("length", [256, 255])
+def test_an_infinity_of_u_stays_one_without_D(monkeypatch, length):
+    arguments, options = cases.make(state=1, length=length, D=False, z=False)
+    arguments["u"][:, :, 100] = np.inf
+    y = run(monkeypatch, emulator.FULL, arguments, options, *scans.incoming(arguments))[0][0]
+    assert np.isfinite(y[:, :, :100]).all() and np.isinf(y[:, :, 100]).all() and not np.isnan(y).any()
+
+
 @pytest.mark.parametrize(("device", "length"), [(emulator.H100, 1152), (emulator.CLUSTERS, 1024)], ids=["apart", "together"])
 @pytest.mark.parametrize(("dtype", "A", "small"), [("float32", 1.0, 1e-25), ("float64", 7.0, 1e-250)])
 @pytest.mark.parametrize("reverse", [False, True])

@@ -19,6 +19,7 @@ DEVICES = {
     "75": kernels.Device(multiprocessors=40, shared_bytes=65536, shared_bytes_of_multiprocessor=65536),
     "86": kernels.Device(multiprocessors=28, shared_bytes=101376, shared_bytes_of_multiprocessor=102400),
     "90": kernels.Device(multiprocessors=132, shared_bytes=232448, shared_bytes_of_multiprocessor=233472),
+    "120": kernels.Device(170, shared_bytes=101376, shared_bytes_of_multiprocessor=102400, has_clusters=True),
 }
 
 

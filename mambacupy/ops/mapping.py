@@ -115,9 +115,9 @@ def forward(args, state, device):
     Parts of time run together, in one launch, where they need not be longer for it, and all of them fit into the GPU at once
     with all that they prepare.
     """
-    mapping = _forward_of(args, state, device, False)
+    mapping = _forward_of(args, state, device, together=False)
     if 1 < mapping.splits <= MOST_PARTS_TOGETHER and device.has_clusters:
-        together = _forward_of(args, state, device, True)
+        together = _forward_of(args, state, device, together=True)
         blocks = min(device.shared_bytes_of_multiprocessor // (together.shared_bytes + 1024), together.blocks_per_sm)
         places = SHARE_OF_CLUSTERS * blocks * device.multiprocessors
         if together.shared_bytes <= device.shared_bytes and _blocks(args, together) <= places:

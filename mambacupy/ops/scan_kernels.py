@@ -128,7 +128,6 @@ def _common(args, layout, tensors, delta_softplus, reverse):
         "blocks_per_span": blocks_per_span,
         "blocks_per_batch": args.dim // span * blocks_per_span,
         "splits": layout.splits,
-        "delta_softplus": int(delta_softplus),
         **B_numbers,
         **C_numbers,
         **plans.strides(args.A, A_dim=0, A_state=1),
