@@ -21,8 +21,8 @@
 // ahead what a later kernel reads.
 //
 // Compile-time, besides decode.cuh's: COLUMNS; VECTOR, which divides it; TENSOR; BATCH, the sequences of a block (8, 16, 32 or 64
-// with TENSOR, else 1, 2, 4 or 8); TILES DEPTH WIDTH NORM LAYER HAS_RESIDUAL NORM_VECTOR PARTS; MORE, whether a block has rows in turn;
-// TEAMS, the rows that a block normalises (1, 2, 4 or 8; with NORM all there are); the type TOTAL_T.
+// with TENSOR, else 1, 2, 4 or 8); TILES DEPTH WIDTH NORM LAYER HAS_RESIDUAL NORM_VECTOR PARTS; MORE, whether a block has rows in
+// turn; TEAMS, the rows that a block normalises (1, 2, 4 or 8; with NORM all there are); the type TOTAL_T.
 #include "decode.cuh"
 
 constexpr int PACK = 16 / sizeof(element), STEP = 4 * PACK;            // elements of a load; columns of a warp's

@@ -9,7 +9,8 @@
 //
 // Blocks beyond `blocks` fetch ahead what a later kernel reads.
 //
-// Compile-time, besides decode.cuh's: RANK and RANK_VECTOR, which divides it; DSTATE and VECTOR, likewise; LANES; ENTRIES, LANES at most.
+// Compile-time, besides decode.cuh's: RANK and RANK_VECTOR, which divides it; DSTATE and VECTOR, likewise; LANES; ENTRIES, LANES
+// at most.
 #include "decode.cuh"
 
 constexpr int ITEMS = (DSTATE + LANES * VECTOR - 1) / (LANES * VECTOR), PACKS = RANK / RANK_VECTOR;

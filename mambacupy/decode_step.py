@@ -33,8 +33,12 @@ PARTS = 4
 STAGED_BYTES = 40 * 1024
 """Shared memory that their normalised vectors may take."""
 
-LOADS = 16
-"""Loads of weights that a thread has under way, of few sequences, as far as registers allow."""
+LOADS, LOADS_IN_ROUNDS = 16, 12
+"""Loads of weights that a thread has under way, of few sequences, as far as registers allow; and where it has more to load, for
+to go round takes registers too."""
+
+NORM_REGISTERS = 88
+"""Of the 128 that a thread has then, for a norm and the weights that are on their way meanwhile."""
 
 AHEAD_BYTES = 2**20
 """Weights that a small kernel fetches into L2 for those after it, at most: more delays what it is waited for."""
@@ -202,7 +206,10 @@ class DecodeStep:
         steps = -(-columns // (4 * pack * WARPS))
         vectors = tile if not self.tensor else max(1, tile // 8)
         more = tiles * blocks < row_tiles
-        depth = min(steps, max(1, (LOADS if batch <= MOST_FUSED and not more else 8) // tiles), max(1, 16 // vectors))
+        loads = 8 if batch > MOST_FUSED or more else LOADS if fused or steps * tiles <= LOADS else LOADS_IN_ROUNDS
+        if fused:
+            loads = min(loads, self._loads_beside_a_norm(columns))
+        depth = min(steps, max(1, loads // tiles), max(1, 16 // vectors))
         constants |= {
             "COLUMNS": columns, "VECTOR": vector, "TENSOR": self.tensor, "BATCH": tile, "TILES": tiles, "DEPTH": depth,
             "WIDTH": c.d_conv if conv else 0, "NORM": int(fused), "MORE": int(more),
@@ -249,6 +256,12 @@ class DecodeStep:
         wanted = -(-self.multiprocessors // -(-self.batch // tile))
         tiles = next(n for n in (8, 4, 2, 1) if n == 1 or (n * tile <= 256 and -(-row_tiles // n) >= wanted))
         return tiles, -(-row_tiles // tiles)
+
+    def _loads_beside_a_norm(self, columns):
+        """Loads of weights, 4 registers each, for which there are some left while a block normalises: a thread has its share of
+        all sequences then, and of the norm's weights where those are 16 numbers at most."""
+        share = columns * power_of_two(self.batch) // THREADS
+        return (NORM_REGISTERS - share * (2 if share <= 16 else 1)) // 4
 
     def _staged(self, columns):
         """Bytes of the normalised vectors of a block."""

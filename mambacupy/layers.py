@@ -155,7 +155,8 @@ class _Rounded(dict):
 
 
 def round_weights(params, maps, like, dtype):
-    """Parameters whose linear maps need not round their weights, each of them twice: one launch has done it for all.
+    """Parameters whose linear maps need not round their weights, once for what they give and once more for the gradient: one
+    launch has done it for all.
 
     Parameters
     ----------
@@ -373,8 +374,8 @@ class MixerSaved(NamedTuple):
 
     In x's dtype, numbers per token: x d_model; xz 2·d_inner, its two projections; selected dt_rank + 2·d_state, which are dt, B
     and C; y d_inner, what the scan gave. Further states (batch, ceil(length / 64), d_inner, d_state) and A (d_inner, d_state),
-    float32 at least. Convolution, norms, delta and rounded weights are computed again. `before` is a copy of the state that
-    came, or None.
+    float32 at least. Convolution, norms, delta and rounded weights are computed again, these unless `round_weights` has made
+    them. `before` is a copy of the state that came, or None.
     """
 
     x: Any

@@ -173,6 +173,7 @@ def distinct():
     """Kernels of published sizes: (file, constants), each once."""
     found = {}
     every = [(768, "float16", 1), (768, "float16", 64), (2048, "float16", 1), (2048, "float16", 64), (768, "float32", 3)]
+    every += [(2048, "float16", 2), (2048, "float16", 8), (2560, "float16", 1), (4096, "float16", 1)]
     for d_model, dtype, batch in every:
         launches = recorded(d_model, dtype, batch, overlap=d_model == 768) + recorded(d_model, dtype, batch, library=True)
         for file, name, constants, *_ in launches:

@@ -353,7 +353,9 @@ def owners(kept):
         while isinstance(kept.base, np.ndarray):
             kept = kept.base
         return {kept.ctypes.data: kept.nbytes}
-    inner = kept.values() if isinstance(kept, dict) else kept if isinstance(kept, (list, tuple)) else ()
+    inner = kept if isinstance(kept, (list, tuple)) else ()
+    if isinstance(kept, dict):
+        inner = [*kept.values(), getattr(kept, "rounded", None)]  # as `layers.round_weights` leaves it
     if hasattr(kept, "__closure__"):
         inner = [*(cell.cell_contents for cell in kept.__closure__ or ()), *(kept.__defaults__ or ())]
     return {address: size for part in inner for address, size in owners(part).items()}

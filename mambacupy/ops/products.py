@@ -66,12 +66,13 @@ def product(xp, a, b, out=None, accumulate=False, dtype=None, workspace=None):
         if _multiplied(xp, a, b, made, accumulate, workspace):
             return made
     result = _by_operator(a, b)
-    if out is not None and out.ndim == 3:
-        out[1:] = 0
-        out = out[0]
     if out is None:
         return result if dtype is None else result.astype(dtype, copy=False)
-    out[...] = result + out if accumulate else result
+    if out.ndim == 3:  # one part has all of it
+        if not accumulate:
+            out[1:] = 0
+        made = out[0]
+    made[...] = result + made if accumulate else result
     return out
 
 
