@@ -42,27 +42,31 @@ static_assert(BLOCK_CHANNELS <= THREADS, "a thread sums at most one channel over
 static_assert(CHANNELS == 1 || LANES > 1, "two channels are told apart by neighbouring lanes");
 
 // Rows that do not begin at a multiple of an item are read and written by aligned packs all the same, each of which holds the end
-// of one item and the beginning of the next.
-constexpr bool STRADDLES = TIME_CONTIGUOUS && 4 * ACCESS <= VECTOR && sizeof(Pack<element, VECTOR>) == 16 &&
+// of one item and the beginning of the next. Not on 10.0 and later, for which the compiler runs out of registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr bool ENOUGH_REGISTERS = false;
+#else
+constexpr bool ENOUGH_REGISTERS = true;
+#endif
+constexpr bool STRADDLES = ENOUGH_REGISTERS && TIME_CONTIGUOUS && 4 * ACCESS <= VECTOR && sizeof(Pack<element, VECTOR>) == 16 &&
                            sizeof(Pack<DY_T, VECTOR>) == 16 && ITEM_LANES <= 32 && ALL_ITEMS % THREADS == 0;
 
 template <typename T>
 struct Loaded {                                                        // an item that is on its way
     Pack<T, VECTOR> first, last;                                       // the packs it lies in; all of it in `last` where it lies in one
-    int count;                                                         // of its elements that `first` holds
 
-    Loaded() = default;
-    DEVICE Loaded(const T* at, int valid, bool is_inner) {             // is_inner: the row goes on beyond the tile, both ways
+    // is_inner: the row goes on beyond the tile, both ways. Returns how many of its elements `first` holds.
+    DEVICE int load(const T* at, int valid, bool is_inner) {
         if (!STRADDLES || !is_inner) {
             last = load_by<ACCESS, T, VECTOR>(at, valid);
-            count = 0;
-        } else {
-            count = before_boundary<VECTOR>(at);
-            first = load_whole<T, VECTOR>(at + count - VECTOR, count > 0 && valid > 0);
-            last = load_whole<T, VECTOR>(at + count, valid > 0);
+            return 0;
         }
+        const int count = before_boundary<VECTOR>(at);
+        first = load_whole<T, VECTOR>(at + count - VECTOR, count > 0 && valid > 0);
+        last = load_whole<T, VECTOR>(at + count, valid > 0);
+        return count;
     }
-    DEVICE Pack<T, VECTOR> whole() const {
+    DEVICE Pack<T, VECTOR> whole(int count) const {
         if constexpr (STRADDLES) return joined(first, last, count);
         else return last;
     }
@@ -251,7 +255,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
     __syncthreads();
 
     auto steps_from = [&](long long t0) { return p.length - t0 < TILE ? (int)(p.length - t0) : TILE; };
-    struct Tensors { Loaded<element> u, delta, z; Loaded<DY_T> dy; };
+    struct Tensors {
+        Loaded<element> u, delta, z;
+        Loaded<DY_T> dy;
+        int counts;                                                    // of all four: registers are scarce
+        DEVICE int count(int tensor) const { return counts >> 4 * tensor & 15; }
+    };
     auto load = [&](int k, long long t0, int steps) {                  // item k of the tile that begins at t0
         const Item item(k, channels, steps);
         auto from = [&](auto* x, long long batch, long long row) {
@@ -259,10 +268,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
         };
         const bool is_inner = t0 > 0 && t0 + TILE + VECTOR <= p.length;
         Tensors x;
-        x.u = Loaded<element>(from(p.u, p.u_batch, p.u_row), item.valid, is_inner);
-        x.delta = Loaded<element>(from(p.delta, p.delta_batch, p.delta_row), item.valid, is_inner);
-        x.dy = Loaded<DY_T>(from(p.dy, p.dy_batch, p.dy_row), item.valid, is_inner);
-        if (GATED) x.z = Loaded<element>(from(p.z, p.z_batch, p.z_row), item.valid, is_inner);
+        x.counts = x.u.load(from(p.u, p.u_batch, p.u_row), item.valid, is_inner);
+        x.counts |= x.delta.load(from(p.delta, p.delta_batch, p.delta_row), item.valid, is_inner) << 4;
+        x.counts |= x.dy.load(from(p.dy, p.dy_batch, p.dy_row), item.valid, is_inner) << 8;
+        if (GATED) x.counts |= x.z.load(from(p.z, p.z_batch, p.z_row), item.valid, is_inner) << 12;
         return x;
     };
     auto prefetch_tile = [&](long long t0) {                           // all of the tile that begins at t0
@@ -373,8 +382,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
 #pragma unroll 1
         for (int k = 0; k < ITEMS; ++k) {
             const Item item(k, channels, steps);
-            const auto u = next.u.whole(), delta = next.delta.whole(), z = next.z.whole();
-            const auto dy = next.dy.whole();
+            const auto u = next.u.whole(next.count(0)), delta = next.delta.whole(next.count(1)), z = next.z.whole(next.count(3));
+            const auto dy = next.dy.whole(next.count(2));
             if (k + 1 < ITEMS) next = load(k + 1, t0, steps);
             if (!item.in_tile(k)) continue;
             real dt[VECTOR], gy[VECTOR];                               // loop by loop, so that elements hide each other's latencies
@@ -601,8 +610,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
 #pragma unroll 1
         for (int k = 0; k < ITEMS; ++k) {
             const Item item(k, channels, last_steps);
-            const auto u = next.u.whole(), delta = next.delta.whole(), z = next.z.whole();
-            const auto dy = next.dy.whole();
+            const auto u = next.u.whole(next.count(0)), delta = next.delta.whole(next.count(1)), z = next.z.whole(next.count(3));
+            const auto dy = next.dy.whole(next.count(2));
             if (!STRADDLES && k + 1 < ITEMS) next = load(k + 1, t1, last_steps);
             const long long at = b * p.du_batch + tile_offset(t1, c0, p.du_row) + item.offset(p.du_row);
             real by_B[VECTOR], by_A[VECTOR], out[VECTOR], skip[VECTOR];
