@@ -269,7 +269,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) causal_conv1d_bwd(
             out.set(v, rounded(de));
         }
         if (t >= BEFORE) {
-            store_pack<element, VECTOR>(dx, out, VECTOR);
+            *reinterpret_cast<Pack<element, VECTOR>*>(dx) = out;       // word by word: at once takes too many registers
             dx += dx_step;
         } else if (p.dinitial_state && begin == 0) {
 #pragma unroll
