@@ -104,7 +104,7 @@ constexpr bool STRADDLES = TIME_CONTIGUOUS && 4 * ACCESS <= VECTOR && sizeof(ele
 // Whether what is needed first is read first: without too many registers, and where the recurrence does not take by far the longest.
 constexpr bool FINISHED_FIRST = ITEMS <= 2 && CHANNELS == 1 && !STRADDLES;
 // Many items of several accesses: a branch between them keeps the compiler from finishing all at once, and registers from spilling.
-constexpr bool ASKS_FOR_PARTS = SLICED || (ITEMS > 2 && ACCESS < VECTOR && !STRADDLES);
+constexpr bool ASKS_FOR_PARTS = SLICED || (ITEMS > 2 && ACCESS < VECTOR && (!TIME_CONTIGUOUS || SLOTS == 1));
 constexpr bool PART_OF_A_LINE = TIME_CONTIGUOUS && TILE * sizeof(element) < 128;              // is a row of a tile in memory
 
 // The accesses of a thread to B or C: found once where there are few, so that the compiler does not find them anew in every tile.
