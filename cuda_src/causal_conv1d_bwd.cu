@@ -269,7 +269,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) causal_conv1d_bwd(
             out.set(v, rounded(de));
         }
         if (t >= BEFORE) {
-            *reinterpret_cast<Pack<element, VECTOR>*>(dx) = out;       // word by word: at once takes too many registers
+            store_in_words<element, VECTOR>(dx, out);
             dx += dx_step;
         } else if (p.dinitial_state && begin == 0) {
 #pragma unroll
@@ -317,7 +317,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) causal_conv1d_bwd(
             Pack<real, REALS> out = {};
 #pragma unroll
             for (int j = 0; j < REALS; ++j) out.set(j, k < WIDTH ? dw[k < WIDTH ? k : 0][v + j] : dbias[v + j]);
-            store_pack<real, REALS>(parts + k * p.dim + v, out, REALS);
+            store_in_words<real, REALS>(parts + k * p.dim + v, out);
         }
     }
 }

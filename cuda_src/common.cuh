@@ -146,6 +146,12 @@ DEVICE void store_at_once(T* to, const Pack<T, COUNT>& pack) {
 #endif
 }
 
+// As the compiler likes it: where an instruction for all of it would make registers spill.
+template <typename T, int COUNT>
+DEVICE void store_in_words(T* __restrict__ to, const Pack<T, COUNT>& pack) {
+    *reinterpret_cast<Pack<T, COUNT>*>(to) = pack;
+}
+
 template <typename T, int COUNT>
 DEVICE void store_pack(T* __restrict__ to, const Pack<T, COUNT>& pack, int valid) {
     if (valid >= COUNT) {

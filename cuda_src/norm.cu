@@ -242,8 +242,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) norm_bwd(co
                 dresidual.set(j, rounded_residual);
             }
             const long long to = row * p.dim + at.column(i);
-            *reinterpret_cast<Pack<X_T, VECTOR>*>(p.dx + to) = dx;     // word by word: at once takes too many registers
-            if (HAS_RESIDUAL) *reinterpret_cast<Pack<RESIDUAL_T, VECTOR>*>(p.dresidual + to) = dresidual;
+            store_in_words<X_T, VECTOR>(p.dx + to, dx);
+            if (HAS_RESIDUAL) store_in_words<RESIDUAL_T, VECTOR>(p.dresidual + to, dresidual);
         });
     }
     if (!KEPT) return;
