@@ -227,6 +227,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
             }
         }
     };
+    // The same for entry `row` of x (rows, dim, state_total): body(k, i, x[row, channel, state]).
+    auto for_states_of = [&](auto* x, long long row, auto&& body) {
+#pragma unroll
+        for (int k = 0; k < CHANNELS; ++k) {
+            auto* of_channel = x + (row * p.dim + c0 + channel(k)) * p.state_total + lane * SLOTS;
+#pragma unroll
+            for (int i = 0; i < SLOTS; ++i)
+                if (channel(k) < channels && lane * SLOTS + i < (int)p.state) body(k, i, of_channel[i]);
+        }
+    };
 #pragma unroll
     for (int k = 0; k < CHANNELS; ++k) {
 #pragma unroll
@@ -236,14 +246,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
         A_kept[k][i] = bounded(p.A[c * p.A_dim + n * p.A_state]);
         if (!B_VARIES) B_kept[k][i] = reinterpret_cast<const state_t*>(p.B)[c * p.B_group + n * p.B_state];
         if (!C_VARIES) C_kept[k][i] = reinterpret_cast<const state_t*>(p.C)[c * p.C_group + n * p.C_state];
-        if (CARRIES_ONLY) return;
-        const long long at = (part_of_time() * p.dim + c) * p.state_total + n;
-        p.dA_parts[at] = {};
-        if (!B_VARIES) p.dB_parts[at] = {};
-        if (!C_VARIES) p.dC_parts[at] = {};
-        if (p.splits > 1) carry[k][i] = p.carries[at];
-        else if (p.dlast_state) carry[k][i] = p.dlast_state[b * p.dlast_batch + c * p.dlast_dim + n * p.dlast_state_stride];
+        if (!CARRIES_ONLY && p.splits == 1 && p.dlast_state)
+            carry[k][i] = p.dlast_state[b * p.dlast_batch + c * p.dlast_dim + n * p.dlast_state_stride];
     });
+    if (!CARRIES_ONLY) {
+        auto clear = [&](state_t* totals) { for_states_of(totals, part_of_time(), [](int, int, state_t& total) { total = {}; }); };
+        clear(p.dA_parts);
+        if (!B_VARIES) clear(p.dB_parts);
+        if (!C_VARIES) clear(p.dC_parts);
+        if (p.splits > 1) for_states_of(p.carries, part_of_time(), [&](int k, int i, const state_t& enters) { carry[k][i] = enters; });
+    }
 #pragma unroll
     for (int k = 0; k < CHANNELS; ++k) {
 #pragma unroll
@@ -302,13 +314,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
         ((size_t)p.dB_parts | (size_t)p.dC_parts) % sizeof(Wide<WIDE>) == 0; };
     // Sums over some chunks are added to totals in memory, because registers are scarce, and so that rounding does not grow with time.
     auto add_to_totals = [&] {
-        for_states([&](int k, int i, long long c, int n) {
-            const long long at = (part_of_time() * p.dim + c) * p.state_total + n;
-            p.dA_parts[at] = p.dA_parts[at] + dA[k][i];
-            if (!B_VARIES) p.dB_parts[at] = p.dB_parts[at] + dB_kept[k][i];
-            if (!C_VARIES) p.dC_parts[at] = p.dC_parts[at] + dC_kept[k][i];
-            dA[k][i] = dB_kept[k][i] = dC_kept[k][i] = {};
-        });
+        auto add = [&](state_t* totals, state_t (&sums)[CHANNELS][SLOTS]) {
+            for_states_of(totals, part_of_time(), [&](int k, int i, state_t& total) { total = total + sums[k][i], sums[k][i] = {}; });
+        };
+        add(p.dA_parts, dA);
+        if (!B_VARIES) add(p.dB_parts, dB_kept);
+        if (!C_VARIES) add(p.dC_parts, dC_kept);
     };
     Memory<CHANNELS> memory;
     if (CARRIES_ONLY) for_states([&](int k, int i, long long, int) { memory.add_state(k, real_part(rate[k][i])); });
@@ -366,10 +377,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
             shared.parts[threadIdx.x] = parts + ((b * p.blocks_per_batch + block.within) * p.length + t0) * p.state_total * REALS;
         }
         state_t h[CHANNELS][SLOTS] = {}, a[CHANNELS][SLOTS];
-        if (!CARRIES_ONLY) for_states([&](int k, int i, long long c, int n) {
+        if (!CARRIES_ONLY) {
             const long long chunk = b * ((p.length + CHUNK - 1) / CHUNK) + t0 / CHUNK;
-            h[k][i] = p.states[(chunk * p.dim + c) * p.state_total + n];
-        });
+            for_states_of(p.states, chunk, [&](int k, int i, const state_t& kept) { h[k][i] = kept; });
+        }
 #pragma unroll(COEFFICIENTS_AHEAD ? B_LOADS : 2)
         for (int k = 0; k < (B_VARIES ? B_LOADS : 0); ++k) {
             if (!COEFFICIENTS_AHEAD) B_next[0] = load_B(k);
@@ -717,8 +728,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
     }
 
     if (CARRIES_ONLY) {
+        for_states_of(p.carries, part_of_time(), [&](int k, int i, state_t& handed_on) { handed_on = carry[k][i]; });
         for_states([&](int k, int i, long long c, int n) {
-            p.carries[(part_of_time() * p.dim + c) * p.state_total + n] = carry[k][i];
             if (n == 0) p.totals[part_of_time() * p.dim + c] = memory.total[k];
         });
         return;
@@ -726,9 +737,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
 
     // ------------------------------------------------------------------------------------------ sums over time
     add_to_totals();
-    for_states([&](int k, int i, long long c, int n) {
-        if (p.dinitial_state && block.split == 0) p.dinitial_state[(b * p.dim + c) * p.state_total + n] = carry[k][i];
-    });
+    if (p.dinitial_state && block.split == 0)
+        for_states_of(p.dinitial_state, b, [&](int k, int i, state_t& gradient) { gradient = carry[k][i]; });
     if (SLICED && p.sums_out) return;
     __syncthreads();
     if (threadIdx.x < channels) {
