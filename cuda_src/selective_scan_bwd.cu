@@ -106,6 +106,9 @@ struct Shared {
     real* parts[2];                                                    // dB and dC of this block, at the first step of the chunk
     const B_T* B_base;                                                 // of this block, like all below: here, as registers are scarce
     const C_T* C_base;
+    const element *u, *delta, *z;                                      // at its first channel
+    const DY_T* dy;
+    long long out;                                                     // the same in du, ddelta and dz
     Block block;
     Split time;
 };
@@ -202,6 +205,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
         const long long group_B = shared.block.c0 / (p.dim / p.groups_of_B), group_C = shared.block.c0 / (p.dim / p.groups_of_C);
         if (B_VARIES) shared.B_base = p.B + shared.block.b * p.B_batch + group_B * p.B_group;
         if (C_VARIES) shared.C_base = p.C + shared.block.b * p.C_batch + group_C * p.C_group;
+        auto first_channel = [&](long long batch, long long row) { return shared.block.b * batch + offset_of(0, shared.block.c0, row); };
+        shared.u = p.u + first_channel(p.u_batch, p.u_row);
+        shared.delta = p.delta + first_channel(p.delta_batch, p.delta_row);
+        shared.z = p.z + first_channel(p.z_batch, p.z_row);
+        shared.dy = p.dy + first_channel(p.dy_batch, p.dy_row);
+        shared.out = first_channel(p.du_batch, p.du_row);
     }
     __syncthreads();
     const Block& block = shared.block;
@@ -276,15 +285,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
     };
     auto load = [&](int k, long long t0, int steps) {                  // item k of the tile that begins at t0
         const Item item(k, channels, steps);
-        auto from = [&](auto* x, long long batch, long long row) {
-            return x + b * batch + tile_offset(t0, c0, row) + item.offset(row);
-        };
         const bool is_inner = t0 > 0 && t0 + TILE + VECTOR <= p.length;
         Tensors x;
-        x.counts = x.u.load(from(p.u, p.u_batch, p.u_row), item.valid, is_inner);
-        x.counts |= x.delta.load(from(p.delta, p.delta_batch, p.delta_row), item.valid, is_inner) << 4;
-        x.counts |= x.dy.load(from(p.dy, p.dy_batch, p.dy_row), item.valid, is_inner) << 8;
-        if (GATED) x.counts |= x.z.load(from(p.z, p.z_batch, p.z_row), item.valid, is_inner) << 12;
+        x.counts = x.u.load(shared.u + item.offset(p.u_row, t0), item.valid, is_inner);
+        x.counts |= x.delta.load(shared.delta + item.offset(p.delta_row, t0), item.valid, is_inner) << 4;
+        x.counts |= x.dy.load(shared.dy + item.offset(p.dy_row, t0), item.valid, is_inner) << 8;
+        if (GATED) x.counts |= x.z.load(shared.z + item.offset(p.z_row, t0), item.valid, is_inner) << 12;
         return x;
     };
     auto prefetch_tile = [&](long long t0) {                           // all of the tile that begins at t0
@@ -293,13 +299,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
         for (int i = threadIdx.x; i < ROWS * LINES; i += THREADS) {
             const int row = i / LINES, at = min(i % LINES * LINE, ROW - 1), c = TIME_CONTIGUOUS ? row : at, t = TIME_CONTIGUOUS ? at : row;
             if (c >= channels || t0 + t >= p.length) continue;
-            auto from = [&](auto* x, long long batch, long long stride) {
-                return x + b * batch + tile_offset(t0 + t, c0 + c, stride);
-            };
-            prefetch(from(p.u, p.u_batch, p.u_row));
-            prefetch(from(p.delta, p.delta_batch, p.delta_row));
-            prefetch(from(p.dy, p.dy_batch, p.dy_row));
-            if (GATED) prefetch(from(p.z, p.z_batch, p.z_row));
+            prefetch(shared.u + offset_of(t0 + t, c, p.u_row));
+            prefetch(shared.delta + offset_of(t0 + t, c, p.delta_row));
+            prefetch(shared.dy + offset_of(t0 + t, c, p.dy_row));
+            if (GATED) prefetch(shared.z + offset_of(t0 + t, c, p.z_row));
         }
         const Coefficient<B_T> B = {shared.B_base, p.B_state, p.B_time, p.B_imag};
         const Coefficient<C_T> C = {shared.C_base, p.C_state, p.C_time, p.C_imag};
@@ -625,7 +628,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
             const auto u = next.u.whole(next.count(0)), delta = next.delta.whole(next.count(1)), z = next.z.whole(next.count(3));
             const auto dy = next.dy.whole(next.count(2));
             if (!STRADDLES && k + 1 < ITEMS) next = load(k + 1, t1, last_steps);
-            const long long at = b * p.du_batch + tile_offset(t1, c0, p.du_row) + item.offset(p.du_row);
+            const long long at = shared.out + item.offset(p.du_row, t1);
             real by_B[VECTOR], by_A[VECTOR], out[VECTOR], skip[VECTOR];
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {

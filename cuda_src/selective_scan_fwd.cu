@@ -299,7 +299,7 @@ selective_scan_fwd(const Params p) {
 
     // Where the first item lies in a tensor of u's shape, in the tile that is loaded or finished next.
     auto first_at = [&](auto* x, long long batch, long long row) {
-        return x + (b * batch + tile_offset(t_first, c0, row) + first_item.offset(row));
+        return x + (b * batch + offset_of(0, c0, row) + first_item.offset(row, t_first));
     };
     auto advanced = [&](auto*& x, long long row) { x += TIME_CONTIGUOUS ? ahead : ahead * row; };
     const element *u_to_load = first_at(p.u, p.u_batch, p.u_row), *delta_to_load = first_at(p.delta, p.delta_batch, p.delta_row);

@@ -62,13 +62,13 @@ struct Item {
     DEVICE int row(int j) const { int s = TIME_CONTIGUOUS ? t + j : t; return REVERSE ? TILE - 1 - s : s; }
     DEVICE int first_row() const { return TIME_CONTIGUOUS && REVERSE ? TILE - VECTOR - t : row(0); }
 
-    // Where it lies relative to the tile's first element; `stride` steps the slow axis.
-    DEVICE long long offset(long long stride) const { return TIME_CONTIGUOUS ? c * stride + t : t * stride + c; }
+    // Where it lies relative to the block's first channel, in the tile that begins at t0; `stride` steps the slow axis.
+    DEVICE long long offset(long long stride, long long t0) const;
 };
 
-DEVICE long long tile_offset(long long t0, long long c0, long long stride) {
-    return TIME_CONTIGUOUS ? c0 * stride + t0 : t0 * stride + c0;
-}
+// Where a channel's step lies; `stride` steps the slow axis.
+DEVICE long long offset_of(long long t, long long c, long long stride) { return TIME_CONTIGUOUS ? c * stride + t : t * stride + c; }
+DEVICE long long Item::offset(long long stride, long long t0) const { return offset_of(t0 + t, (unsigned)c, stride); }
 
 // Column of channel c in row t of a shared tile with entries of BYTES bytes. The items of neighbouring threads differ in t (or
 // c) by VECTOR, which would put them into the same banks; the XOR spreads them. It permutes a row, so readers and writers only
