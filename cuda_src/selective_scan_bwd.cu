@@ -52,6 +52,8 @@ constexpr bool ENOUGH_REGISTERS = true;
 constexpr bool STRADDLES = ENOUGH_REGISTERS && TIME_CONTIGUOUS && 4 * ACCESS <= VECTOR && sizeof(element) == 2 &&
                            sizeof(DY_T) == 2 && ITEM_LANES <= 32 && ALL_ITEMS % THREADS == 0;
 
+constexpr int IN_FLIGHT = STRADDLES || ITEMS == 1 ? 1 : 2;             // items that are being loaded at any time
+
 template <typename T>
 struct Loaded {                                                        // an item that is on its way
     Pack<T, VECTOR> first, last;                                       // the packs it lies in; all of it in `last` where it lies in one
@@ -293,6 +295,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
         if (GATED) x.counts |= x.z.load(shared.z + item.offset(p.z_row, t0), item.valid, is_inner) << 12;
         return x;
     };
+    // All items of a tile in turn, while those that follow are on their way: body(k, item k), which leaves item k + IN_FLIGHT in its place.
+    Tensors next[IN_FLIGHT];
+    auto for_items = [&](auto&& body) {
+#pragma unroll 1
+        for (int k = 0; k < ITEMS; k += IN_FLIGHT) {
+#pragma unroll
+            for (int i = 0; i < IN_FLIGHT; ++i) if (ITEMS % IN_FLIGHT == 0 || k + i < ITEMS) body(k + i, next[i]);
+        }
+    };
     auto prefetch_tile = [&](long long t0) {                           // all of the tile that begins at t0
         constexpr int LINE = 128 / sizeof(element), ROW = TIME_CONTIGUOUS ? TILE : BLOCK_CHANNELS;
         constexpr int LINES = (ROW + LINE - 1) / LINE + STRADDLES, ROWS = TIME_CONTIGUOUS ? BLOCK_CHANNELS : TILE;
@@ -373,7 +384,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
         for (int k = 0; k < (COEFFICIENTS_AHEAD && B_VARIES ? B_LOADS : 0); ++k) B_next[k] = load_B(k);
 #pragma unroll
         for (int k = 0; k < (COEFFICIENTS_AHEAD && C_VARIES ? C_LOADS : 0); ++k) C_next[k] = load_C(k);
-        Tensors next = load(0, t0, steps);
+#pragma unroll
+        for (int k = 0; k < IN_FLIGHT; ++k) next[k] = load(k, t0, steps);
         if (KINDS > 0 && threadIdx.x < KINDS) {                        // kind 0 is B where it varies
             const bool is_B = threadIdx.x == 0 && B_VARIES;
             real* parts = reinterpret_cast<real*>(is_B ? p.dB_parts : p.dC_parts);
@@ -394,19 +406,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
             if (!COEFFICIENTS_AHEAD) C_next[0] = load_C(k);
             stage_coefficient<C_TIME_FAST, C_VECTOR, C_T>(k, 0, shared.C, C_next[COEFFICIENTS_AHEAD ? k : 0]);
         }
-#pragma unroll 1
-        for (int k = 0; k < ITEMS; ++k) {
+        for_items([&](int k, Tensors& at_hand) {
             const Item item(k, channels, steps);
-            const auto u = next.u.whole(next.count(0)), delta = next.delta.whole(next.count(1)), z = next.z.whole(next.count(3));
-            const auto dy = next.dy.whole(next.count(2));
-            if (k + 1 < ITEMS) next = load(k + 1, t0, steps);
-            if (!item.in_tile(k)) continue;
+            const auto u = at_hand.u.whole(at_hand.count(0)), delta = at_hand.delta.whole(at_hand.count(1));
+            const auto z = at_hand.z.whole(at_hand.count(3));
+            const auto dy = at_hand.dy.whole(at_hand.count(2));
             real dt[VECTOR], gy[VECTOR];                               // loop by loop, so that elements hide each other's latencies
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) dt[j] = to_real(delta.get(j)) + shared.bias[item.channel(j)];
-            if (SOFTPLUS) softplus_each<step_t>(dt);
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) gy[j] = to_real(dy.get(j));
+            if (SOFTPLUS) softplus_each<step_t>(dt);
             if (GATED) {
 #pragma unroll
                 for (int j = 0; j < VECTOR; ++j) {
@@ -414,13 +424,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
                     gy[j] *= gate * sigmoid(gate);
                 }
             }
+            real x[VECTOR];
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
-                const real x = to_real(u.get(j)), step = item.has(j) ? dt[j] : real(0);
-                shared.steps[item.row(j)][column<sizeof(Step)>(item.channel(j), item.first_row())] = {step, ZOH ? x : step * x};
+                dt[j] = item.has(j) ? dt[j] : real(0);
+                x[j] = ZOH ? to_real(u.get(j)) : dt[j] * to_real(u.get(j));
+            }
+            if (k + IN_FLIGHT < ITEMS) at_hand = load(k + IN_FLIGHT, t0, steps);
+            if (!item.in_tile(k)) return;
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) {
+                shared.steps[item.row(j)][column<sizeof(Step)>(item.channel(j), item.first_row())] = {dt[j], x[j]};
                 shared.gates[item.row(j)][column<sizeof(real)>(item.channel(j), item.first_row())] = gy[j];
             }
-        }
+        });
         __syncthreads();
 
         if (CARRIES_ONLY) {                                            // [1], as a sum along time or in order (tile.cuh)
@@ -613,21 +630,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
                 __syncthreads();
             }
         }
-        if (KINDS > 0 && SUM_BUFFERS == 2) store_sums(0);
-
-        if (t0 / CHUNK % CHUNKS_OF_A_SUM == 0) add_to_totals();
-
         // -------------------------------------------------------------------------------------- du, ddelta, dz
         const long long t1 = recomputed(t0);
         const int last_steps = steps_from(t1);
+#pragma unroll
+        for (int k = 0; k < IN_FLIGHT; ++k) next[k] = load(k, t1, last_steps);
+        if (KINDS > 0 && SUM_BUFFERS == 2) store_sums(0);
+        if (t0 / CHUNK % CHUNKS_OF_A_SUM == 0) add_to_totals();
         Shared::Terms terms[VECTOR] = {};                              // of an item, or of all a thread's items where channels are its columns
-        next = load(0, t1, last_steps);
-#pragma unroll 1
-        for (int k = 0; k < ITEMS; ++k) {
+        for_items([&](int k, Tensors& at_hand) {
             const Item item(k, channels, last_steps);
-            const auto u = next.u.whole(next.count(0)), delta = next.delta.whole(next.count(1)), z = next.z.whole(next.count(3));
-            const auto dy = next.dy.whole(next.count(2));
-            if (!STRADDLES && k + 1 < ITEMS) next = load(k + 1, t1, last_steps);
+            const auto u = at_hand.u.whole(at_hand.count(0)), delta = at_hand.delta.whole(at_hand.count(1));
+            const auto z = at_hand.z.whole(at_hand.count(3));
+            const auto dy = at_hand.dy.whole(at_hand.count(2));
             const long long at = shared.out + item.offset(p.du_row, t1);
             real by_B[VECTOR], by_A[VECTOR], out[VECTOR], skip[VECTOR];
 #pragma unroll
@@ -656,7 +671,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
                     p.sums_out[p.plane + at + j] = by_A[j];
                     p.sums_out[2 * p.plane + at + j] = out[j];
                 }
-                continue;
+                if (k + IN_FLIGHT < ITEMS) at_hand = load(k + IN_FLIGHT, t1, last_steps);
+                return;
             }
             auto store = [&](element* to, const real (&x)[VECTOR]) {
                 Pack<element, VECTOR> pack;
@@ -688,7 +704,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
             }
             if (STRADDLES && k + 1 < ITEMS) {                          // not sooner, or this item would wait for the next one's
                 __syncwarp();
-                next = load(k + 1, t1, last_steps);
+                at_hand = load(k + 1, t1, last_steps);
             }
             if (SOFTPLUS) softplus_each<step_t>(dt, &slope);
 #pragma unroll
@@ -699,6 +715,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
                 const Shared::Terms term = {item.has(j) ? gy[j] * x : real(0), item.has(j) ? by_A[j] : real(0)};
                 terms[j] = TIME_CONTIGUOUS ? term : terms[j] + term;
             }
+            if (!STRADDLES && k + IN_FLIGHT < ITEMS) at_hand = load(k + IN_FLIGHT, t1, last_steps);
             store(p.ddelta, by_A);
             store(p.du, by_B);
             if (TIME_CONTIGUOUS) {                                     // an item is of one channel, and so are those of its lanes
@@ -710,7 +727,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
                 add_over_lanes(terms[0], 1, ITEM_LANES);
                 if (item.in_tile(k) && item.t / VECTOR % 32 == 0) shared.terms[item.t / VECTOR / 32][item.c] = terms[0];
             }
-        }
+        });
         if (!TIME_CONTIGUOUS) {
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
