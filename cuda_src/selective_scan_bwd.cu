@@ -295,8 +295,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
         if (GATED) x.counts |= x.z.load(shared.z + item.offset(p.z_row, t0), item.valid, is_inner) << 12;
         return x;
     };
-    // All items of a tile in turn, while those that follow are on their way: body(k, item k), which leaves item k + IN_FLIGHT in its place.
+    // All items of a tile in turn, while those that follow are on their way: body(k, item k), which leaves in its place the one that comes
+    // IN_FLIGHT later.
     Tensors next[IN_FLIGHT];
+    auto load_first = [&](long long t0, int steps) {
+#pragma unroll
+        for (int k = 0; k < IN_FLIGHT; ++k) next[k] = load(k, t0, steps);
+    };
     auto for_items = [&](auto&& body) {
 #pragma unroll 1
         for (int k = 0; k < ITEMS; k += IN_FLIGHT) {
@@ -369,11 +374,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
     const bool from_end = REVERSE == gathers;
     const int back = from_end ? -CHUNK : CHUNK;
     long long t0 = from_end ? (time.end - 1) / CHUNK * CHUNK : time.begin;
+    auto steps_walked_from = [&](long long t0) { return t0 >= time.begin && t0 < time.end ? steps_from(t0) : 0; };
+    load_first(t0, steps_walked_from(t0));
     for (; t0 >= time.begin && t0 < time.end; t0 += back) {            // a part may be empty
         const int steps = steps_from(t0);
 
         // -------------------------------------------------------------------------------------- Δ, Δ·u, gy, B and C
-        // Loads first, all that a chunk begins with, so that they are waited for together.
+        // Loads first, so that items hide the time they take.
         const Coefficient<B_T> B = {shared.B_base, p.B_state, p.B_time, p.B_imag};
         const Coefficient<C_T> C = {shared.C_base, p.C_state, p.C_time, p.C_imag};
         auto load_B = [&](int k) { return load_coefficient<B_TIME_FAST, B_VECTOR>(k, 0, B, t0, steps, (int)p.state); };
@@ -384,8 +391,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
         for (int k = 0; k < (COEFFICIENTS_AHEAD && B_VARIES ? B_LOADS : 0); ++k) B_next[k] = load_B(k);
 #pragma unroll
         for (int k = 0; k < (COEFFICIENTS_AHEAD && C_VARIES ? C_LOADS : 0); ++k) C_next[k] = load_C(k);
-#pragma unroll
-        for (int k = 0; k < IN_FLIGHT; ++k) next[k] = load(k, t0, steps);
         if (KINDS > 0 && threadIdx.x < KINDS) {                        // kind 0 is B where it varies
             const bool is_B = threadIdx.x == 0 && B_VARIES;
             real* parts = reinterpret_cast<real*>(is_B ? p.dB_parts : p.dC_parts);
@@ -395,16 +400,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
         if (!CARRIES_ONLY) {
             const long long chunk = b * ((p.length + CHUNK - 1) / CHUNK) + t0 / CHUNK;
             for_states_of(p.states, chunk, [&](int k, int i, const state_t& kept) { h[k][i] = kept; });
-        }
-#pragma unroll(COEFFICIENTS_AHEAD ? B_LOADS : 2)
-        for (int k = 0; k < (B_VARIES ? B_LOADS : 0); ++k) {
-            if (!COEFFICIENTS_AHEAD) B_next[0] = load_B(k);
-            stage_coefficient<B_TIME_FAST, B_VECTOR, B_T>(k, 0, shared.B, B_next[COEFFICIENTS_AHEAD ? k : 0]);
-        }
-#pragma unroll(COEFFICIENTS_AHEAD ? C_LOADS : 2)
-        for (int k = 0; k < (C_VARIES ? C_LOADS : 0); ++k) {
-            if (!COEFFICIENTS_AHEAD) C_next[0] = load_C(k);
-            stage_coefficient<C_TIME_FAST, C_VECTOR, C_T>(k, 0, shared.C, C_next[COEFFICIENTS_AHEAD ? k : 0]);
         }
         for_items([&](int k, Tensors& at_hand) {
             const Item item(k, channels, steps);
@@ -430,7 +425,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
                 dt[j] = item.has(j) ? dt[j] : real(0);
                 x[j] = ZOH ? to_real(u.get(j)) : dt[j] * to_real(u.get(j));
             }
-            if (k + IN_FLIGHT < ITEMS) at_hand = load(k + IN_FLIGHT, t0, steps);
+            if (CARRIES_ONLY && k + IN_FLIGHT >= ITEMS) at_hand = load(k + IN_FLIGHT - ITEMS, t0 + back, steps_walked_from(t0 + back));
+            else at_hand = load(k + IN_FLIGHT, t0, steps);              // nothing, where the tile has no such item
             if (!item.in_tile(k)) return;
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
@@ -438,6 +434,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
                 shared.gates[item.row(j)][column<sizeof(real)>(item.channel(j), item.first_row())] = gy[j];
             }
         });
+#pragma unroll(COEFFICIENTS_AHEAD ? B_LOADS : 2)
+        for (int k = 0; k < (B_VARIES ? B_LOADS : 0); ++k) {
+            if (!COEFFICIENTS_AHEAD) B_next[0] = load_B(k);
+            stage_coefficient<B_TIME_FAST, B_VECTOR, B_T>(k, 0, shared.B, B_next[COEFFICIENTS_AHEAD ? k : 0]);
+        }
+#pragma unroll(COEFFICIENTS_AHEAD ? C_LOADS : 2)
+        for (int k = 0; k < (C_VARIES ? C_LOADS : 0); ++k) {
+            if (!COEFFICIENTS_AHEAD) C_next[0] = load_C(k);
+            stage_coefficient<C_TIME_FAST, C_VECTOR, C_T>(k, 0, shared.C, C_next[COEFFICIENTS_AHEAD ? k : 0]);
+        }
         __syncthreads();
 
         if (CARRIES_ONLY) {                                            // [1], as a sum along time or in order (tile.cuh)
@@ -633,8 +639,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
         // -------------------------------------------------------------------------------------- du, ddelta, dz
         const long long t1 = recomputed(t0);
         const int last_steps = steps_from(t1);
-#pragma unroll
-        for (int k = 0; k < IN_FLIGHT; ++k) next[k] = load(k, t1, last_steps);
+        load_first(t1, last_steps);
+        auto load_later = [&](int k, Tensors& at_hand) {               // item k, or those of the next chunk after the last
+            const bool is_later = k >= ITEMS;
+            at_hand = load(is_later ? k - ITEMS : k, is_later ? t1 + back : t1, is_later ? steps_walked_from(t1 + back) : last_steps);
+        };
         if (KINDS > 0 && SUM_BUFFERS == 2) store_sums(0);
         if (t0 / CHUNK % CHUNKS_OF_A_SUM == 0) add_to_totals();
         Shared::Terms terms[VECTOR] = {};                              // of an item, or of all a thread's items where channels are its columns
@@ -671,7 +680,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
                     p.sums_out[p.plane + at + j] = by_A[j];
                     p.sums_out[2 * p.plane + at + j] = out[j];
                 }
-                if (k + IN_FLIGHT < ITEMS) at_hand = load(k + IN_FLIGHT, t1, last_steps);
+                load_later(k + IN_FLIGHT, at_hand);
                 return;
             }
             auto store = [&](element* to, const real (&x)[VECTOR]) {
@@ -702,9 +711,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
                 }
                 store(p.dz, out);
             }
-            if (STRADDLES && k + 1 < ITEMS) {                          // not sooner, or this item would wait for the next one's
+            if (STRADDLES) {                                           // not sooner, or this item would wait for the next one's
                 __syncwarp();
-                at_hand = load(k + 1, t1, last_steps);
+                load_later(k + 1, at_hand);
             }
             if (SOFTPLUS) softplus_each<step_t>(dt, &slope);
 #pragma unroll
@@ -715,7 +724,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
                 const Shared::Terms term = {item.has(j) ? gy[j] * x : real(0), item.has(j) ? by_A[j] : real(0)};
                 terms[j] = TIME_CONTIGUOUS ? term : terms[j] + term;
             }
-            if (!STRADDLES && k + IN_FLIGHT < ITEMS) at_hand = load(k + IN_FLIGHT, t1, last_steps);
+            if (!STRADDLES) load_later(k + IN_FLIGHT, at_hand);
             store(p.ddelta, by_A);
             store(p.du, by_B);
             if (TIME_CONTIGUOUS) {                                     // an item is of one channel, and so are those of its lanes
