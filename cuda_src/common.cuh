@@ -262,16 +262,18 @@ DEVICE void let_next_begin() {
 #endif
 }
 
-// A cluster: blocks that run together, and can meet. What each has written to global memory before, all see after.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-#define CLUSTER_OF(blocks) __cluster_dims__(blocks, 1, 1)
-DEVICE void cluster_meets() { asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" : : : "memory"); }
-#elif defined(__CUDA_ARCH__)
-#define CLUSTER_OF(blocks)
-DEVICE void cluster_meets() {}                                         // there are none, and nobody launches one
+// What a block leaves for others of its launch. It says so, by one thread and after a __syncthreads(), and whoever has seen that it
+// did, and a __syncthreads() after it, sees all of it. Blocks begin in the order of their numbers: only those with smaller ones may
+// be waited for.
+#ifdef __CUDA_ARCH__
+DEVICE void publish(unsigned* flag) { asm volatile("st.release.gpu.global.u32 [%0], 1;" : : "l"(flag) : "memory"); }
+DEVICE void wait_until_published(const unsigned* flag) {
+    unsigned x;
+    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(flag) : "memory"); while (x != 1);
+}
 #else
-#define CLUSTER_OF(blocks)
-DEVICE void cluster_meets() { __cluster_barrier(); }
+DEVICE void publish(unsigned* flag) { *flag = 1; }
+DEVICE void wait_until_published(const unsigned* flag) { while (*flag != 1) {} }
 #endif
 
 // Ask for a line of memory that will be read soon.

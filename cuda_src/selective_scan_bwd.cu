@@ -12,15 +12,18 @@
 // its Ā and h in registers, and walked backwards. Lanes, channels and tiles are those of the forward kernel (tile.cuh), with
 // TILE = CHUNK. An element's entry in shared memory holds (Δ, Δ·u, gy) before its backward step and its sums over n after it.
 //
-// Few channels and long sequences: time is cut into parts, and a first launch with CARRIES_ONLY runs [1] alone (tile.cuh).
+// Few channels and long sequences: time is cut into parts, and a first launch with CARRIES_ONLY runs [1] alone (tile.cuh). Where a
+// part is a chunk, one launch does it all (RELAY): what a chunk hands on is found while it is walked forwards, with the Ā of that
+// walk.
 //
 // Sums over time are kept in two levels, that of a few chunks and the total, so that rounding does not grow with the length.
 // No atomics: dB and dC are summed over a warp and then over warps through shared memory, and over blocks by sum_parts.cu; dA
 // over time by its lanes, dD and ddelta_bias by lanes and then threads, and all three over the batch by sum_parts.cu. Every order
 // is fixed.
 //
-// Compile-time, besides tile.cuh's: CARRIES_ONLY DY_T ZOH GATED SOFTPLUS SLICED SHARED_BYTES BLOCKS_PER_SM.
+// Compile-time, besides tile.cuh's: CARRIES_ONLY RELAY DY_T ZOH GATED SOFTPLUS SLICED SHARED_BYTES BLOCKS_PER_SM.
 #define COEFFICIENT_PADDING 8
+#define OVERLAP 1
 #include "tile.cuh"
 
 constexpr int SEGMENT = 8, SEGMENTS = CHUNK / SEGMENT;                 // steps whose Ā and h a lane holds at once
@@ -126,6 +129,8 @@ struct Params {
     const state_t *states, *dlast_state;
     state_t* carries;                                                  // (batch, splits, dim, state): what enters each split,
     real* totals;                                                      // (batch, splits, dim): Σ Δ; both written by CARRIES_ONLY
+    Handed* handed;                                                    // (batch, splits, blocks_per_batch): RELAY's,
+    unsigned* published;                                               // and its flags, 0 at first
     element *du, *ddelta, *dz;
     state_t *dinitial_state, *dA_parts, *dB_parts, *dC_parts;
     real *dD_parts, *dbias_parts;
@@ -201,13 +206,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
     extern __shared__ __align__(16) char shared_bytes[];
     Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
 
+    let_next_begin();
     if (threadIdx.x == 0) {
         shared.block = Block(p.first_block + blockIdx.x, p.splits, p.span, p.blocks_per_span, p.blocks_per_batch);
+        if (RELAY) shared.block.split = p.splits - 1 - shared.block.split;                    // who is waited for begins first
         shared.time = Split(shared.block.split, p.splits, p.length);
-        const long long group_B = shared.block.c0 / (p.dim / p.groups_of_B), group_C = shared.block.c0 / (p.dim / p.groups_of_C);
-        if (B_VARIES) shared.B_base = p.B + shared.block.b * p.B_batch + group_B * p.B_group;
-        if (C_VARIES) shared.C_base = p.C + shared.block.b * p.C_batch + group_C * p.C_group;
-        auto first_channel = [&](long long batch, long long row) { return shared.block.b * batch + offset_of(0, shared.block.c0, row); };
+        const long long c0 = shared.block.c0, b = shared.block.b;
+        if (B_VARIES) shared.B_base = p.B + b * p.B_batch + group_of(c0, p.dim, p.groups_of_B) * p.B_group;
+        if (C_VARIES) shared.C_base = p.C + b * p.C_batch + group_of(c0, p.dim, p.groups_of_C) * p.C_group;
+        auto first_channel = [&](long long batch, long long row) { return b * batch + offset_of(0, c0, row); };
         shared.u = p.u + first_channel(p.u_batch, p.u_row);
         shared.delta = p.delta + first_channel(p.delta_batch, p.delta_row);
         shared.z = p.z + first_channel(p.z_batch, p.z_row);
@@ -220,6 +227,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
     const long long &b = block.b, &c0 = block.c0;
     const int& channels = block.channels;
     auto part_of_time = [&] { return b * p.splits + block.split; };                     // over all batch entries
+
+    auto prefetch_tile = [&](long long t0) {                           // all of the tile that begins at t0
+        constexpr int LINE = 128 / sizeof(element), ROW = TIME_CONTIGUOUS ? TILE : BLOCK_CHANNELS;
+        constexpr int LINES = (ROW + LINE - 1) / LINE + STRADDLES, ROWS = TIME_CONTIGUOUS ? BLOCK_CHANNELS : TILE;
+        for (int i = threadIdx.x; i < ROWS * LINES; i += THREADS) {
+            const int row = i / LINES, at = min(i % LINES * LINE, ROW - 1), c = TIME_CONTIGUOUS ? row : at, t = TIME_CONTIGUOUS ? at : row;
+            if (c >= channels || t0 + t >= p.length) continue;
+            prefetch(shared.u + offset_of(t0 + t, c, p.u_row));
+            prefetch(shared.delta + offset_of(t0 + t, c, p.delta_row));
+            prefetch(shared.dy + offset_of(t0 + t, c, p.dy_row));
+            if (GATED) prefetch(shared.z + offset_of(t0 + t, c, p.z_row));
+        }
+        const Coefficient<B_T> B = {shared.B_base, p.B_state, p.B_time, p.B_imag};
+        const Coefficient<C_T> C = {shared.C_base, p.C_state, p.C_time, p.C_imag};
+#pragma unroll 1
+        for (int k = 0; k < (B_VARIES ? B_LOADS : 0); ++k) prefetch_coefficient<B_TIME_FAST, B_VECTOR>(k, 0, B, t0, p.length, (int)p.state);
+#pragma unroll 1
+        for (int k = 0; k < (C_VARIES ? C_LOADS : 0); ++k) prefetch_coefficient<C_TIME_FAST, C_VECTOR>(k, 0, C, t0, p.length, (int)p.state);
+    };
+    if (RELAY) prefetch_tile(time.begin);                              // while constants are waited for
 
     // ------------------------------------------------------------------------------------------ what a lane keeps
     const int lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
@@ -257,16 +284,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
         A_kept[k][i] = bounded(p.A[c * p.A_dim + n * p.A_state]);
         if (!B_VARIES) B_kept[k][i] = reinterpret_cast<const state_t*>(p.B)[c * p.B_group + n * p.B_state];
         if (!C_VARIES) C_kept[k][i] = reinterpret_cast<const state_t*>(p.C)[c * p.C_group + n * p.C_state];
-        if (!CARRIES_ONLY && p.splits == 1 && p.dlast_state)
+        if (!CARRIES_ONLY && (p.splits == 1 || RELAY) && p.dlast_state)
             carry[k][i] = p.dlast_state[b * p.dlast_batch + c * p.dlast_dim + n * p.dlast_state_stride];
     });
-    if (!CARRIES_ONLY) {
-        auto clear = [&](state_t* totals) { for_states_of(totals, part_of_time(), [](int, int, state_t& total) { total = {}; }); };
-        clear(p.dA_parts);
-        if (!B_VARIES) clear(p.dB_parts);
-        if (!C_VARIES) clear(p.dC_parts);
-        if (p.splits > 1) for_states_of(p.carries, part_of_time(), [&](int k, int i, const state_t& enters) { carry[k][i] = enters; });
-    }
+    if (!CARRIES_ONLY && p.splits > 1 && !RELAY)
+        for_states_of(p.carries, part_of_time(), [&](int k, int i, const state_t& enters) { carry[k][i] = enters; });
 #pragma unroll
     for (int k = 0; k < CHANNELS; ++k) {
 #pragma unroll
@@ -309,39 +331,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
             for (int i = 0; i < IN_FLIGHT; ++i) if (ITEMS % IN_FLIGHT == 0 || k + i < ITEMS) body(k + i, next[i]);
         }
     };
-    auto prefetch_tile = [&](long long t0) {                           // all of the tile that begins at t0
-        constexpr int LINE = 128 / sizeof(element), ROW = TIME_CONTIGUOUS ? TILE : BLOCK_CHANNELS;
-        constexpr int LINES = (ROW + LINE - 1) / LINE + STRADDLES, ROWS = TIME_CONTIGUOUS ? BLOCK_CHANNELS : TILE;
-        for (int i = threadIdx.x; i < ROWS * LINES; i += THREADS) {
-            const int row = i / LINES, at = min(i % LINES * LINE, ROW - 1), c = TIME_CONTIGUOUS ? row : at, t = TIME_CONTIGUOUS ? at : row;
-            if (c >= channels || t0 + t >= p.length) continue;
-            prefetch(shared.u + offset_of(t0 + t, c, p.u_row));
-            prefetch(shared.delta + offset_of(t0 + t, c, p.delta_row));
-            prefetch(shared.dy + offset_of(t0 + t, c, p.dy_row));
-            if (GATED) prefetch(shared.z + offset_of(t0 + t, c, p.z_row));
-        }
-        const Coefficient<B_T> B = {shared.B_base, p.B_state, p.B_time, p.B_imag};
-        const Coefficient<C_T> C = {shared.C_base, p.C_state, p.C_time, p.C_imag};
-#pragma unroll 1
-        for (int k = 0; k < (B_VARIES ? B_LOADS : 0); ++k) prefetch_coefficient<B_TIME_FAST, B_VECTOR>(k, 0, B, t0, p.length, (int)p.state);
-#pragma unroll 1
-        for (int k = 0; k < (C_VARIES ? C_LOADS : 0); ++k) prefetch_coefficient<C_TIME_FAST, C_VECTOR>(k, 0, C, t0, p.length, (int)p.state);
-    };
 
     // dB and dC of a block are stored by wide accesses where the caller's number of states allows.
     auto parts_are_wide = [&] { return p.state == STATES && p.state_total * REALS % WIDE == 0 &&
         ((size_t)p.dB_parts | (size_t)p.dC_parts) % sizeof(Wide<WIDE>) == 0; };
     // Sums over some chunks are added to totals in memory, because registers are scarce, and so that rounding does not grow with time.
+    bool has_totals = false, has_more = true;                          // anything there yet; anything to be added
     auto add_to_totals = [&] {
+        if (!has_more) return;
         auto add = [&](state_t* totals, state_t (&sums)[CHANNELS][SLOTS]) {
-            for_states_of(totals, part_of_time(), [&](int k, int i, state_t& total) { total = total + sums[k][i], sums[k][i] = {}; });
+            for_states_of(totals, part_of_time(), [&](int k, int i, state_t& total) {
+                total = has_totals ? total + sums[k][i] : sums[k][i];
+                sums[k][i] = {};
+            });
         };
         add(p.dA_parts, dA);
         if (!B_VARIES) add(p.dB_parts, dB_kept);
         if (!C_VARIES) add(p.dC_parts, dC_kept);
+        has_totals = true;
+        has_more = false;
     };
     Memory<CHANNELS> memory;
-    if (CARRIES_ONLY) for_states([&](int k, int i, long long, int) { memory.add_state(k, real_part(rate[k][i])); });
+    if (CARRIES_ONLY || RELAY) for_states([&](int k, int i, long long, int) { memory.add_state(k, real_part(rate[k][i])); });
     if (threadIdx.x < BLOCK_CHANNELS) shared.sums[threadIdx.x] = {};    // in shared memory, as registers are scarce
     // Entries of step j of the segment that begins at t. All rows of an item lie in the order of its first, which is known sooner.
     auto step_at = [&](unsigned t, int j, int k) -> Step& {
@@ -370,8 +381,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
         }
     };
 
-    const bool gathers = CARRIES_ONLY && __syncthreads_and(SOFTPLUS && !memory.grows());
-    const bool from_end = REVERSE == gathers;
+    // What a part hands on, of a chunk in shared memory: as a sum along time or in order (tile.cuh). The sum is
+    // Σ_t conj(exp(A·S_t))·gy_t·conj(C_t), with S_t = Σ Δ up to t.
+    auto carry_tile = [&](bool gathers, state_t (&carry)[CHANNELS][SLOTS]) {
+#pragma unroll 4
+        for (int step = 0; step < TILE; ++step) {
+            const int t = gathers ? step : TILE - 1 - step;
+#pragma unroll
+            for (int k = 0; k < CHANNELS; ++k) {
+                const real dt = shared.steps[t][column<sizeof(Step)>(channel(k), t)].dt;
+                const real gy = shared.gates[t][column<sizeof(real)>(channel(k), t)] * real(COMPLEX ? 2 : 1);
+                memory.pass(k, dt);
+#pragma unroll
+                for (int i = 0; i < SLOTS; ++i) {
+                    const state_t Cn = C_VARIES ? shared.C[t * COEFFICIENT_PITCH + lane * SLOTS + i] : C_kept[k][i];
+                    const state_t a = conj(decay(gathers ? memory.total[k] : dt, rate[k][i])), input = gy * conj(Cn);
+                    carry[k][i] = gathers ? multiply_add(a, input, carry[k][i]) : a * (input + carry[k][i]);
+                }
+            }
+        }
+    };
+
+    const bool gathers = (CARRIES_ONLY || RELAY) && __syncthreads_and(SOFTPLUS && !memory.grows());
+    const bool from_end = REVERSE == (CARRIES_ONLY && gathers);
     const int back = from_end ? -CHUNK : CHUNK;
     long long t0 = from_end ? (time.end - 1) / CHUNK * CHUNK : time.begin;
     auto steps_walked_from = [&](long long t0) { return t0 >= time.begin && t0 < time.end ? steps_from(t0) : 0; };
@@ -446,42 +478,77 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
         }
         __syncthreads();
 
-        if (CARRIES_ONLY) {                                            // [1], as a sum along time or in order (tile.cuh)
-            auto carry_tile = [&](bool gathers) {                      // the sum: Σ_t conj(exp(A·S_t))·gy_t·conj(C_t), S_t = Σ Δ up to t
-#pragma unroll 4
-                for (int step = 0; step < TILE; ++step) {
-                    const int t = gathers ? step : TILE - 1 - step;
-#pragma unroll
-                    for (int k = 0; k < CHANNELS; ++k) {
-                        const real dt = shared.steps[t][column<sizeof(Step)>(channel(k), t)].dt;
-                        const real gy = shared.gates[t][column<sizeof(real)>(channel(k), t)] * real(COMPLEX ? 2 : 1);
-                        memory.pass(k, dt);
-#pragma unroll
-                        for (int i = 0; i < SLOTS; ++i) {
-                            const state_t Cn = C_VARIES ? shared.C[t * COEFFICIENT_PITCH + lane * SLOTS + i] : C_kept[k][i];
-                            const state_t a = conj(decay(gathers ? memory.total[k] : dt, rate[k][i])), input = gy * conj(Cn);
-                            carry[k][i] = gathers ? multiply_add(a, input, carry[k][i]) : a * (input + carry[k][i]);
-                        }
-                    }
-                }
-            };
-            if (gathers) carry_tile(true); else carry_tile(false);
+        if (CARRIES_ONLY) {                                            // [1]
+            if (gathers) carry_tile(true, carry); else carry_tile(false, carry);
             if (__syncthreads_and(gathers && memory.is_exhausted())) break;
             continue;
         }
 
-        if (from_end ? t0 > time.begin : t0 + back < time.end) prefetch_tile(t0 + back);
+        if (!RELAY && (from_end ? t0 > time.begin : t0 + back < time.end)) prefetch_tile(t0 + back);
 
         // -------------------------------------------------------------------------------------- forwards: h of each segment
+        // RELAY: and the sum of `carry_tile`, where its decay over many steps is at hand as a product.
+        state_t last_start[CHANNELS][SLOTS], product[CHANNELS][SLOTS], handed[CHANNELS][SLOTS] = {};
+#pragma unroll
+        for (int k = 0; k < CHANNELS; ++k) {
+#pragma unroll
+            for (int i = 0; i < SLOTS; ++i) product[k][i] = {1};
+        }
 #pragma unroll 1
-        for (int segment = 0; segment < SEGMENTS - 1; ++segment) {
+        for (int segment = 0; segment < SEGMENTS - !RELAY; ++segment) {
 #pragma unroll
             for (int k = 0; k < CHANNELS; ++k) {
 #pragma unroll
-                for (int i = 0; i < SLOTS; ++i) shared.starts[segment][k][i][threadIdx.x] = h[k][i];
+                for (int i = 0; i < SLOTS; ++i) {
+                    if (segment < SEGMENTS - 1) shared.starts[segment][k][i][threadIdx.x] = h[k][i];
+                    else last_start[k][i] = h[k][i];
+                }
+            }
+            real passed[CHANNELS] = {};                                // Σ Δ
+#pragma unroll
+            for (int j = 0; j < SEGMENT; ++j) {
+                advance(segment * SEGMENT, j, h, a);
+#pragma unroll
+                for (int k = 0; k < (RELAY && SOFTPLUS ? CHANNELS : 0); ++k) {
+                    const real gy = gate_at(segment * SEGMENT, j, k) * real(COMPLEX ? 2 : 1);
+                    passed[k] += step_at(segment * SEGMENT, j, k).dt;
+#pragma unroll
+                    for (int i = 0; i < SLOTS; ++i) {
+                        const int at = (segment * SEGMENT + j) * COEFFICIENT_PITCH + lane * SLOTS + i;
+                        product[k][i] = product[k][i] * a[k][i];
+                        handed[k][i] = multiply_add(conj(product[k][i]), gy * conj(C_VARIES ? shared.C[at] : C_kept[k][i]), handed[k][i]);
+                    }
+                }
             }
 #pragma unroll
-            for (int j = 0; j < SEGMENT; ++j) advance(segment * SEGMENT, j, h, a);
+            for (int k = 0; k < CHANNELS; ++k) memory.total[k] += passed[k];
+        }
+        if (RELAY) {
+#pragma unroll
+            for (int k = 0; k < CHANNELS; ++k) {
+#pragma unroll
+                for (int i = 0; i < SLOTS; ++i) h[k][i] = last_start[k][i];
+            }
+            if (!gathers) {
+                memory = {};
+#pragma unroll
+                for (int k = 0; k < CHANNELS; ++k) {
+#pragma unroll
+                    for (int i = 0; i < SLOTS; ++i) handed[k][i] = {};
+                }
+                carry_tile(false, handed);
+            }
+            wait_for_previous();                                       // which made flags 0
+            auto block_of = [&](long long split) { return (b * p.splits + split) * p.blocks_per_batch + block.within; };
+            constexpr int OF_BLOCK = CHANNELS * SLOTS * THREADS;
+            leave(p.handed + block_of(block.split) * OF_BLOCK, handed, memory.total, rate);
+            __syncthreads();
+            if (threadIdx.x == 0) publish(p.published + block_of(block.split));
+            for (long long split = block.split + 1 + threadIdx.x; split < p.splits; split += THREADS)
+                wait_until_published(p.published + block_of(split));
+            __syncthreads();
+            const int count = (int)(p.splits - 1 - block.split);
+            chain<true>(carry, p.handed + block_of(p.splits - 1) * OF_BLOCK, -p.blocks_per_batch * OF_BLOCK, count);
         }
 
         // -------------------------------------------------------------------------------------- backwards, by segments
@@ -636,6 +703,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
                 __syncthreads();
             }
         }
+        has_more = true;
         // -------------------------------------------------------------------------------------- du, ddelta, dz
         const long long t1 = recomputed(t0);
         const int last_steps = steps_from(t1);

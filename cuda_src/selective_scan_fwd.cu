@@ -15,12 +15,13 @@
 //
 // Few channels and long sequences: time is cut into parts, and a first launch with CARRIES_ONLY runs the recurrence alone
 // (tile.cuh). Where parts are few, each then finds by itself what enters it, from what all before it hand on (CHAINS); where they
-// are many, combine_carries.cu has found it. Where all parts of all channels fit into the GPU's shared memory, one launch does it:
-// the CLUSTER parts of a block's channels run together, prepare what they have once, and exchange what they hand on.
+// are many, combine_carries.cu has found it. Where all of a part fits into shared memory, one launch does it (RELAY): a block
+// prepares its part once, leaves for later parts what it hands on, and waits for what earlier ones do.
 //
-// Compile-time, besides tile.cuh's: CARRIES_ONLY CHAINS CLUSTER BUFFERS (tiles in shared memory) ZOH SOFTPLUS GATED (is there a z?)
+// Compile-time, besides tile.cuh's: CARRIES_ONLY CHAINS RELAY BUFFERS (tiles in shared memory) ZOH SOFTPLUS GATED (is there a z?)
 // SLICED (the states are, over launches) SHARED_BYTES BLOCKS_PER_SM. All are set by mambacupy/ops/, with the reasons.
 #define COEFFICIENT_PADDING 16
+#define OVERLAP 1
 #include "tile.cuh"
 
 struct alignas(2 * sizeof(real)) Pair { real at[2]; };                 // of one element: Δ and Δ·u, later parts of Σ_n C·h
@@ -44,6 +45,8 @@ struct Params {
     real* parts_out;                                                   // not null: more slices follow
     state_t* carries;                                                  // (batch, splits, dim, state): what enters each split,
     real* totals;                                                      // (batch, splits, dim): Σ Δ; both written by CARRIES_ONLY
+    Handed* handed;                                                    // (batch, splits, blocks_per_batch): RELAY's,
+    unsigned* published;                                               // and its flags, 0 at first
     long long dim, length, state, state_total, span, blocks_per_span, blocks_per_batch, groups_of_B, groups_of_C, splits;
     long long u_batch, u_row, delta_batch, delta_row, z_batch, z_row, y_batch, y_row;         // row: stride of the slow axis
     long long A_dim, A_state, D_dim, bias_dim, init_batch, init_dim, init_state;
@@ -168,24 +171,19 @@ struct Inputs {                                                        // of one
     DEVICE state_t C_of(int i) const { return C[i / SIDE_BY_SIDE].at[i % SIDE_BY_SIDE]; }
 };
 
-extern "C" __global__ void CLUSTER_OF(CLUSTER) __launch_bounds__(2 * THREADS, BLOCKS_PER_SM)
-selective_scan_fwd(const Params p) {
+extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selective_scan_fwd(const Params p) {
     extern __shared__ __align__(16) char shared_bytes[];
     Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
 
-    long long index = p.first_block + blockIdx.x;
-    if (CLUSTER > 1)                                                   // neighbours are the parts of time of the same channels
-        index = (index / CLUSTER / p.blocks_per_batch * CLUSTER + index % CLUSTER) * p.blocks_per_batch +
-                index / CLUSTER % p.blocks_per_batch;
-    const Block block(index, p.splits, p.span, p.blocks_per_span, p.blocks_per_batch);
+    const Block block(p.first_block + blockIdx.x, p.splits, p.span, p.blocks_per_span, p.blocks_per_batch);
     const Split time(block.split, p.splits, p.length);
     if (CARRIES_ONLY && CHAINS && block.split == p.splits - 1) return; // nobody asks what the last part hands on
     const long long b = block.b, c0 = block.c0;
     const int channels = block.channels;
     Coefficient<B_T> B = {p.B, p.B_state, p.B_time, p.B_imag};
     Coefficient<C_T> C = {p.C, p.C_state, p.C_time, p.C_imag};
-    if (B_VARIES) B.base += b * p.B_batch + c0 / (p.dim / p.groups_of_B) * p.B_group;
-    if (C_VARIES) C.base += b * p.C_batch + c0 / (p.dim / p.groups_of_C) * p.C_group;
+    if (B_VARIES) B.base += b * p.B_batch + group_of(c0, p.dim, p.groups_of_B) * p.B_group;
+    if (C_VARIES) C.base += b * p.C_batch + group_of(c0, p.dim, p.groups_of_C) * p.C_group;
 
     const bool does_elements = threadIdx.x >= THREADS;                 // the other half does the recurrence
 
@@ -252,7 +250,7 @@ selective_scan_fwd(const Params p) {
             }
         }
     };
-    if (CHAINS && !CARRIES_ONLY && CLUSTER == 1 && !does_elements) chain_parts();
+    if (CHAINS && !CARRIES_ONLY && !RELAY && !does_elements) chain_parts();
     // A copy of the states for the backward pass or the caller: `at` points to (batch, dim, state) of this block's entry.
     auto write_states = [&](state_t* at) {
 #pragma unroll
@@ -621,8 +619,9 @@ selective_scan_fwd(const Params p) {
         }
     }
     if (!does_elements) hand_on();
-#elif CLUSTER > 1
+#elif RELAY
     // What this part hands on is found while it is prepared. All of it then lies in shared memory, and so it is prepared once.
+    // All of a block meet twice behind that: when what it hands on is left, and when what others hand on is there.
     if (does_elements) {
         if (tiles > 0) load(0);
         keep_constants();
@@ -633,7 +632,8 @@ selective_scan_fwd(const Params p) {
             all_meet();
         }
         if (tiles > 0) load_to_finish(0);
-        cluster_meets();
+        all_meet();
+        all_meet();
         for (int tile = 0; tile < tiles; ++tile) {
             all_meet();
             finish(tile, shared.buffers[tile]);
@@ -652,14 +652,20 @@ selective_scan_fwd(const Params p) {
         all_meet();
         if (block.split < p.splits - 1) carry_tile(shared.buffers[tile], false);
     }
-    if (block.split < p.splits - 1) hand_on();
-    cluster_meets();
+    auto block_of = [&](long long split) { return (b * p.splits + split) * p.blocks_per_batch + block.within; };
+    constexpr int OF_BLOCK = CHANNELS * SLOTS * THREADS;
+    wait_for_previous();                                               // which made flags 0
+    leave(p.handed + block_of(block.split) * OF_BLOCK, h, memory.total, rate);
+    all_meet();
+    if (worker() == 0) publish(p.published + block_of(block.split));
+    for (long long split = worker(); split < block.split; split += THREADS) wait_until_published(p.published + block_of(split));
+    all_meet();
 #pragma unroll
     for (int k = 0; k < CHANNELS; ++k) {
 #pragma unroll
         for (int i = 0; i < SLOTS; ++i) h[k][i] = first[k][i];
     }
-    chain_parts();
+    chain<false>(h, p.handed + block_of(0) * OF_BLOCK, p.blocks_per_batch * OF_BLOCK, (int)block.split);
     for (int tile = 0; tile < tiles; ++tile) {
         advance(t_first + (long long)tile * ahead, steps_of(tile), shared.buffers[tile]);
         all_meet();

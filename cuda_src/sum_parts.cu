@@ -10,7 +10,7 @@
 // grow with the number of parts. A thread has PER_THREAD outputs, and reads AHEAD parts of them before it adds the first. The
 // tile passes through shared memory, because its input is contiguous along n and its output along t.
 //
-// Compile-time: REAL accumulator type.
+// Compile-time: REAL accumulator type, OVERLAP (common.cuh).
 #include "common.cuh"
 
 constexpr int THREADS = 256, PER_THREAD = 4, OUTPUTS = THREADS * PER_THREAD;
@@ -86,6 +86,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) sum_parts(const Params 
     const Tile tile = {parts, p.stride[k], columns, (int)min((long long)tall, rows - row0),
                        (int)min((long long)wide, columns - column0), wide, (int)p.count[k], shares};
     const long long first = outer * rows * columns + column0 * rows + row0 * p.reals;         // of the tile in `out`
+    wait_for_previous();
     if (p.vector[k] == WIDEST) sum_shares<WIDEST>(tile, sums); else sum_shares<1>(tile, sums);
     for (int half = shares / 2; half > 0; half /= 2) {
         __syncthreads();

@@ -178,6 +178,18 @@ DEVICE void stage_coefficient(int k, int turn, state_t* tile, const Pack<T, V * 
 }
 
 // ---------------------------------------------------------------------------------------------- channels of a block
+// n/d, of numbers that are not negative. Most are small, and a block has nothing else to do while it finds out where it is: divisions
+// of 64 bits would take a microsecond then.
+DEVICE long long quotient(long long n, long long d) {
+    if (d == 1) return n;
+    return (n | d) >> 32 == 0 ? (long long)((unsigned)n / (unsigned)d) : n / d;
+}
+
+// The group of channel c, of `groups` of them.
+DEVICE long long group_of(long long c, long long dim, long long groups) {
+    return groups == 1 ? 0 : quotient(c, quotient(dim, groups));
+}
+
 struct Block {
     long long b, split, within;                                        // batch entry; part of time; number among the entry's blocks
     long long c0;                                                      // first channel
@@ -185,11 +197,13 @@ struct Block {
 
     // A span is a run of channels that share their groups of B and of C; no block crosses its border.
     DEVICE Block(long long index, long long splits, long long span, long long blocks_per_span, long long blocks_per_batch) {
-        within = index % blocks_per_batch;
-        split = index / blocks_per_batch % splits;
-        b = index / blocks_per_batch / splits;
-        c0 = within / blocks_per_span * span + within % blocks_per_span * BLOCK_CHANNELS;
-        long long left = (within / blocks_per_span + 1) * span - c0;
+        const long long part = quotient(index, blocks_per_batch);
+        within = index - part * blocks_per_batch;
+        b = quotient(part, splits);
+        split = part - b * splits;
+        const long long spans = quotient(within, blocks_per_span);
+        c0 = spans * span + (within - spans * blocks_per_span) * BLOCK_CHANNELS;
+        long long left = (spans + 1) * span - c0;
         channels = left < BLOCK_CHANNELS ? (int)left : BLOCK_CHANNELS;
     }
 };
@@ -197,12 +211,12 @@ struct Block {
 // ---------------------------------------------------------------------------------------------- parts of time
 // Where a channel's own work is too little for the GPU, time is cut into `splits` parts of whole chunks, each for a block of
 // its own. A first launch (CARRIES_ONLY) finds what each part hands on when nothing enters it; combine_carries.cu chains that,
-// or the blocks of the forward kernel do themselves, where parts are few. Forward, one launch may do all of it (CLUSTER).
+// or the blocks of the forward kernel do themselves, where parts are few. One launch may do all of it (RELAY).
 struct Split {
     long long begin, end;                                              // steps, as they lie in memory
 
     DEVICE Split(long long split, long long splits, long long length) {
-        const long long chunks = (length + CHUNK - 1) / CHUNK, share = (chunks + splits - 1) / splits;
+        const long long chunks = (length + CHUNK - 1) / CHUNK, share = quotient(chunks + splits - 1, splits);
         const long long first = min(split * share, chunks), last = min(first + share, chunks);           // as they are walked
         begin = (REVERSE ? chunks - last : first) * CHUNK;
         end = min((REVERSE ? chunks - first : last) * CHUNK, length);
@@ -239,3 +253,50 @@ struct Memory {                                                        // of a l
         return exhausted;
     }
 };
+
+// RELAY: each block leaves what its part hands on when nothing enters it, thread by thread, for the same threads of the blocks of
+// the same channels that follow it in the walk. These wait for all before them, and chain it. Blocks are numbered in the order of the
+// walk.
+struct alignas(2 * sizeof(state_t)) Handed { state_t local, half; };    // half: of the decay over the part (handed_on)
+
+template <int K, int S, typename Rate>
+DEVICE void leave(Handed* of_block, const state_t (&local)[K][S], const real (&total)[K], const Rate (&rate)[K][S]) {
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+#pragma unroll
+        for (int i = 0; i < S; ++i) of_block[(k * S + i) * THREADS + worker()] = {local[k][i], decay(total[k] * real(0.5), rate[k][i])};
+    }
+}
+
+// `from` is the first of `count` blocks that lie `step` apart.
+template <bool BACKWARD, int K, int S>
+DEVICE void chain(state_t (&enters)[K][S], const Handed* from, long long step, int count) {
+    constexpr int ALL = K * S * REALS, AHEAD = ALL < 4 ? 8 : ALL < 32 ? 32 / ALL : 1;         // blocks that are read at once
+    from += worker();
+    for (; count > 0; count -= AHEAD) {
+        Handed read[AHEAD][K][S];
+#pragma unroll
+        for (int j = 0; j < AHEAD; ++j) {
+#pragma unroll
+            for (int k = 0; k < K; ++k) {
+#pragma unroll
+                for (int i = 0; i < S; ++i) {
+                    read[j][k][i] = {{}, {1}};                         // which changes nothing
+                    if (j < count) read[j][k][i] = from[(k * S + i) * THREADS];
+                }
+            }
+            from += step;
+        }
+#pragma unroll
+        for (int j = 0; j < AHEAD; ++j) {
+#pragma unroll
+            for (int k = 0; k < K; ++k) {
+#pragma unroll
+                for (int i = 0; i < S; ++i) {
+                    const state_t half = read[j][k][i].half;
+                    enters[k][i] = handed_on(enters[k][i], BACKWARD ? conj(half) : half, read[j][k][i].local);
+                }
+            }
+        }
+    }
+}

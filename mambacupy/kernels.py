@@ -134,6 +134,11 @@ def _by_value(params):
     return CPointer(params.ctypes.data)
 
 
+def _picking(places):
+    """What picks those out of a sequence."""
+    return operator.itemgetter(*places) if len(places) > 1 else lambda given: (given[places[0]],)
+
+
 class Kernel:
     """A compiled kernel. Compiles on its first launch on each device.
 
@@ -177,17 +182,17 @@ class Kernel:
             name: an array, an address in one, or None for a null pointer. With `order` it is given a sequence of addresses,
             which takes a third of the time.
         """
-        names, shared_bytes, overlapped = self.pointers, self._shared_bytes, None
-        pick = order and operator.itemgetter(*(order[name] for name in names))
+        names, shared_bytes = self.pointers, self._shared_bytes
+        pick = order and _picking([order[name] for name in names])
         if overlap:
             from mambacupy.overlapping import overlapping
-
-            overlapped = overlapping(self._raw)
         grids = []
         for first in range(0, blocks, MAX_BLOCKS):
             values = numbers | {"first_block": first}
             params = np.array([0] * len(names) + [values[name] for name in self.numbers], np.int64)
-            grids.append((min(blocks - first, MAX_BLOCKS), params, (params if overlap else _by_value(params),)))
+            count = min(blocks - first, MAX_BLOCKS)
+            overlapped = overlapping(count, threads, params, shared_bytes) if overlap else None
+            grids.append((count, params, (_by_value(params),), overlapped))
         write, lock = struct.Struct(f"{len(names)}Q").pack_into, threading.Lock()
 
         def launch(given):
@@ -197,11 +202,11 @@ class Kernel:
                 pointers = [0 if (x := given[name]) is None else x if type(x) is int else x.data.ptr for name in names]
             try:
                 function = self._function()
-                for count, params, argument in grids:
+                for count, params, argument, overlapped in grids:
                     with lock:  # another thread may be about to launch the same
                         write(params, 0, *pointers)
                         if overlapped:
-                            overlapped((count,), (threads,), argument, shared_bytes)
+                            overlapped(function)
                         else:  # which, told the threads in all, makes no tuples
                             function.linear_launch(count * threads, argument, shared_bytes, threads)
             except Exception as error:
@@ -241,7 +246,7 @@ class Device(NamedTuple):
     multiprocessors: int
     shared_bytes: int  # that a block may have
     shared_bytes_of_multiprocessor: int
-    has_clusters: bool = False  # blocks can be made to run together
+    overlaps: bool = False  # a launch may begin while the one in front of it ends
 
 
 def device():

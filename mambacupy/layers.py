@@ -373,9 +373,10 @@ class MixerSaved(NamedTuple):
     """What a mixer keeps for its gradient.
 
     In x's dtype, numbers per token: x d_model; xz 2·d_inner, its two projections; selected dt_rank + 2·d_state, which are dt, B
-    and C; y d_inner, what the scan gave. Further states (batch, ceil(length / 64), d_inner, d_state) and A (d_inner, d_state),
-    float32 at least. Convolution, norms, delta and rounded weights are computed again, these unless `round_weights` has made
-    them. `before` is a copy of the state that came, or None.
+    and C; y d_inner, what the scan gave. Further states (batch, ceil(length / 64), d_inner, d_state) and `constants`, A
+    (d_inner, d_state), D and delta_bias (d_inner,), float32 at least. Convolution, norms, delta and rounded weights are
+    computed again, these unless `round_weights` has made them. `before` is a copy of the state that came, or None. `plan` is
+    the scan's, whose arrays are these, or made again as they were.
     """
 
     x: Any
@@ -383,9 +384,10 @@ class MixerSaved(NamedTuple):
     selected: Any
     y: Any
     states: Any
-    A: Any
+    constants: tuple
     before: State | None
     lengths: Any
+    plan: Any
 
 
 @dataclass(frozen=True)
@@ -556,7 +558,10 @@ class MambaMixer:
             arrays.copy_into(state.ssm, ssm_state)
             arrays.copy_into(state.conv, conv_state if lengths is None else _last_inputs(u, state.conv, lengths))
         out = _blank(_linear(params["out_proj"], _turn(y)), padding)
-        return out, MixerSaved(x, xz, selected, y, scan_saved.states, scan["A"], before, lengths) if save else None
+        if not save:
+            return out, None
+        constants = scan["A"], scan["D"], scan["delta_bias"]
+        return out, MixerSaved(x, xz, selected, y, scan_saved.states, constants, before, lengths, scan_saved.plan)
 
     def _step(self, params, u, z, state):
         """One token: u and z (batch, d_inner, 1)."""
@@ -571,13 +576,14 @@ class MambaMixer:
         return _linear(params["out_proj"], y[:, None])  # (batch, 1, d_model)
 
     def _backward(self, params, saved, dy):
-        x, xz, selected, y, states, A, before, lengths = saved
+        x, xz, selected, y, states, constants, before, lengths, plan = saved
         padding = _padding(x, lengths)
         u, z = self._halves(xz)
         c, _, conv_saved = self._convolve(params, u, before)
-        scan, (low, norms) = self._scan_arguments(params, c, z, selected, before, padding, A)
+        scan, (low, norms) = self._scan_arguments(params, c, z, selected, before, padding, constants)
         options = {name: scan.pop(name) for name in ("delta_softplus", "initial_state")}
         scan_saved = SelectiveScanSaved(**scan, **options, states=states, reverse=False, discretization="euler")
+        scan_saved.plan = plan
 
         grads = {}
         dy_scan, grads["out_proj"] = _linear_backward(params["out_proj"], _turn(y), _blank(dy, padding))
@@ -610,8 +616,9 @@ class MambaMixer:
         initial = None if before is None else before.conv
         return causal_conv1d_fwd(u, *self._kernel(params, u.dtype), activation="silu", initial_state=initial)
 
-    def _scan_arguments(self, params, c, z, selected, before, padding, A=None):
-        """Arguments of the scan, by name; and dt as dt_proj takes it, with what the three norms saved. A is None or known."""
+    def _scan_arguments(self, params, c, z, selected, before, padding, constants=None):
+        """Arguments of the scan, by name; and dt as dt_proj takes it, with what the three norms saved. A, D and delta_bias are
+        None or known."""
         numbers, rank = arrays.compute_dtype(c.dtype), self.rank
         low, B, C = (
             selected[..., :rank], selected[..., rank : rank + self.d_state], selected[..., rank + self.d_state :],
@@ -628,11 +635,7 @@ class MambaMixer:
         if padding is not None and before is not None:
             xp = arrays.namespace("MambaMixer", delta=delta)
             delta = arrays.choose(xp, padding[:, None, :], STANDSTILL, delta)
-        D, delta_bias = params["D"], params["dt_proj"]["bias"]
-        if A is None:
-            A, D, delta_bias = scan_constants(params["A_log"], D, delta_bias, numbers)
-        else:
-            D, delta_bias = _cast(D, numbers), _cast(delta_bias, numbers)
+        A, D, delta_bias = constants or scan_constants(params["A_log"], params["D"], params["dt_proj"]["bias"], numbers)
         scan = {
             "u": c,
             "delta": delta,

@@ -32,8 +32,22 @@ class _Config(ctypes.Structure):
     ]  # fmt: skip
 
 
-def overlapping(raw):
-    """A `cupy.RawKernel` of one argument as a function that is called as its `kernel` is, on the current device and stream.
+def overlapping(blocks, threads, argument, shared_bytes=0):
+    """A launch of a kernel of one argument, on the current stream.
+
+    Parameters
+    ----------
+    blocks, threads : int
+        Size of the grid and of a block.
+    argument : NumPy array
+        Passed by value, as it is at each launch.
+    shared_bytes : int
+        Dynamic shared memory of a block.
+
+    Returns
+    -------
+    callable
+        Launches the `cupy.cuda.Function` it is given.
 
     Raises
     ------
@@ -43,14 +57,13 @@ def overlapping(raw):
     import cupy
 
     attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
+    config = _Config((blocks, 1, 1), (threads, 1, 1), shared_bytes, None, ctypes.pointer(attribute), 1)
+    pointers, current = (ctypes.c_void_p * 1)(argument.ctypes.data), cupy.cuda.get_current_stream
+    kept = ctypes.byref(config), pointers, argument  # made here, because it takes as long as a launch
 
-    def launch(grid, block, args, shared_mem=0):
-        (argument,) = args  # a NumPy array, passed by value
-        config = _Config(
-            (*grid, 1, 1), (*block, 1, 1), shared_mem, cupy.cuda.get_current_stream().ptr, ctypes.pointer(attribute), 1
-        )
-        pointers = (ctypes.c_void_p * 1)(argument.ctypes.data)
-        status = _driver()(ctypes.byref(config), ctypes.c_void_p(raw.kernel.ptr), pointers, None)
+    def launch(function):
+        config.stream = current().ptr
+        status = _driver()(kept[0], ctypes.c_void_p(function.ptr), pointers, None)
         if status:
             raise OverlapError(f"cuLaunchKernelEx: error {status} of the CUDA driver")
 

@@ -1,8 +1,8 @@
 // emulator.h: what a kernel of cuda_src/ needs of CUDA, for a C++ compiler on a host.
 //
 // A thread of a block is a fiber. It runs until it has to wait for others, at a barrier or an exchange between lanes; the block
-// is done when all its fibers are. Blocks run one after another, but for those of a cluster. Nothing of the order in which a GPU
-// runs threads is tested here (races are compute-sanitizer's), but every index, width and sum is.
+// is done when all its fibers are. Blocks run one after another, in the order of their numbers. Nothing of the order in which
+// a GPU runs threads is tested here (races are compute-sanitizer's), but every index, width and sum is.
 #include <ucontext.h>
 
 #include <cmath>
@@ -40,14 +40,14 @@ static float exp2_of_hardware(float x) {
 struct Index { unsigned x; };
 static Index threadIdx, blockIdx;
 
-constexpr int MOST_BLOCKS = 8, MOST_THREADS = MOST_BLOCKS * 1024, STACK_BYTES = 1 << 17;        // of a cluster
-static int threads, current, cluster = 1;                              // threads of a block, blocks of a cluster
+constexpr int MOST_THREADS = 1024, STACK_BYTES = 1 << 17;
+static int threads, current;
 static bool done[MOST_THREADS];
 static ucontext_t scheduler, fibers[MOST_THREADS];
 static char stacks[MOST_THREADS][STACK_BYTES];
 
 struct Barrier { int arrived = 0, generation = 0; };
-static Barrier cluster_barrier, block_barriers[MOST_BLOCKS], warp_barriers[MOST_THREADS / 32];
+static Barrier block_barrier, warp_barriers[MOST_THREADS / 32];
 
 static void wait(Barrier& barrier, int expected) {
     const int generation = barrier.generation;
@@ -57,21 +57,19 @@ static void wait(Barrier& barrier, int expected) {
     }
     while (barrier.generation == generation) swapcontext(&fibers[current], &scheduler);
 }
-static void __cluster_barrier() { wait(cluster_barrier, threads * cluster); }
-static void __syncthreads() { wait(block_barriers[current / threads], threads); }
-static bool any_not[MOST_BLOCKS], any_not_of_last[MOST_BLOCKS];
+static void __syncthreads() { wait(block_barrier, threads); }
+static bool all_so_far = true, all_of_last;
 static bool __syncthreads_and(bool predicate) {
-    const int block = current / threads;
-    any_not[block] = any_not[block] || !predicate;
-    if (block_barriers[block].arrived == threads - 1) {
-        any_not_of_last[block] = any_not[block];
-        any_not[block] = false;
+    all_so_far = all_so_far && predicate;
+    if (block_barrier.arrived == threads - 1) {
+        all_of_last = all_so_far;
+        all_so_far = true;
     }
     __syncthreads();
-    return !any_not_of_last[block];
+    return all_of_last;
 }
 static void __syncwarp() {
-    const int warp = current / 32, lanes = threads * cluster - warp * 32;
+    const int warp = current / 32, lanes = threads - warp * 32;
     wait(warp_barriers[warp], lanes < 32 ? lanes : 32);
 }
 static double exchanged[MOST_THREADS];

@@ -22,7 +22,6 @@ from mambacupy.reference import SelectiveScanSaved
 
 H100 = kernels.Device(multiprocessors=132, shared_bytes=232448, shared_bytes_of_multiprocessor=233472)
 FULL = H100._replace(multiprocessors=1)  # a GPU that every case fills
-CLUSTERS = H100._replace(has_clusters=True)
 
 BLOCKS = """
 static const Params* params;
@@ -34,25 +33,20 @@ static void run_thread() {
 extern "C" void run(const Params* given, long long blocks, int threads_of_a_block) {
     params = given;
     threads = threads_of_a_block;
-#ifdef CLUSTER
-    cluster = CLUSTER;
-#endif
-    const int all = threads * cluster;
-    if (blocks %% cluster || all > MOST_THREADS || (cluster > 1 && threads %% 32)) abort();
-    for (long long block = 0; block < blocks; block += cluster) {
-        for (int t = 0; t < all; ++t) {
+    for (long long block = 0; block < blocks; ++block) {
+        blockIdx.x = (unsigned)block;
+        for (int t = 0; t < threads; ++t) {
             done[t] = false;
             getcontext(&fibers[t]);
             fibers[t].uc_stack.ss_sp = stacks[t];
             fibers[t].uc_stack.ss_size = STACK_BYTES;
             makecontext(&fibers[t], run_thread, 0);
         }
-        for (int running = all; running > 0;) {
+        for (int running = threads; running > 0;) {
             running = 0;
-            for (current = 0; current < all; ++current) {
+            for (current = 0; current < threads; ++current) {
                 if (done[current]) continue;
-                threadIdx.x = current %% threads;
-                blockIdx.x = (unsigned)(block + current / threads);
+                threadIdx.x = current;
                 ++running;
                 swapcontext(&scheduler, &fibers[current]);
             }
@@ -67,10 +61,7 @@ REPLACED = {
     "if (exists) pack = *reinterpret_cast<const Pack<T, COUNT>*>(from);": "if (exists) { if ((size_t)from % sizeof(pack)) abort(); memcpy(&pack, from, sizeof pack); }",  # noqa: E501
     "pack = *reinterpret_cast<const Pack<T, COUNT>*>(from);": "if ((size_t)from % sizeof(pack)) abort(); memcpy(&pack, from, sizeof pack);",  # noqa: E501
     "*reinterpret_cast<Pack<T, COUNT>*>(to) = pack;": "if ((size_t)to % sizeof(pack)) abort(); memcpy(to, &pack, sizeof pack);",
-    "extern __shared__ __align__(16) char shared_bytes[];": (
-        "alignas(16) static char of_blocks[MOST_BLOCKS][(SHARED_BYTES + 15) / 16 * 16];"
-        "char* shared_bytes = of_blocks[current / threads];"
-    ),
+    "extern __shared__ __align__(16) char shared_bytes[];": "alignas(16) static char shared_bytes[SHARED_BYTES];",
 }
 
 
@@ -97,7 +88,7 @@ def get(file, name, constants, shared_bytes=0):
     """Stands in for `kernels.get`."""
     pointers, numbers = kernels.parameter_names(kernels.read_source(file))
 
-    def prepare(blocks, threads, values, order=None):
+    def prepare(blocks, threads, values, overlap=False, order=None):
         def launch(arrays):
             arrays = by_name(arrays, order)
             given = [(x, x if isinstance(x, int) else kernels.address(x)) for x in (arrays[pointer] for pointer in pointers)]

@@ -15,12 +15,10 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulato
 FEW = ("base", "complex-bfloat16", "float64", "groups-differ", "constant-BC", "zoh-complex", "reverse",
        "channel-order-bfloat16", "length-1", "state-5", "state-100", "state-32-channel-order-bfloat16", "dim-7")  # fmt: skip
 SMALL = kernels.Device(multiprocessors=4, shared_bytes=65536, shared_bytes_of_multiprocessor=65536)
-ONE, FOUR = (emulator.H100._replace(multiprocessors=n) for n in (1, 4))
+ONE, FOUR, EIGHT = (emulator.H100._replace(multiprocessors=n) for n in (1, 4, 8))
 OTHERS = {
-    "parts of time": ({"batch": 1, "dim": 5, "length": 1100, "state": 4}, emulator.H100),
-    "parts of time, reverse": ({"batch": 1, "dim": 5, "length": 1100, "state": 4, "reverse": True}, emulator.H100),
-    "parts of time, some empty": ({"batch": 1, "dim": 5, "length": 1200, "state": 4}, emulator.H100),
-    "parts of time, some empty, reverse": ({"batch": 1, "dim": 5, "length": 1200, "state": 4, "reverse": True}, emulator.H100),
+    "parts of time": ({"batch": 1, "dim": 5, "length": 2100, "state": 4}, SMALL),
+    "parts of time, reverse": ({"batch": 1, "dim": 5, "length": 2100, "state": 4, "reverse": True}, SMALL),
     "more parts of time than chain themselves": ({"batch": 1, "dim": 2, "length": 4300, "state": 2}, emulator.H100),
     "a block for each multiprocessor": ({"batch": 1, "dim": 312, "length": 70, "state": 16}, FOUR),
     "a block for each, channel order": ({"batch": 1, "dim": 312, "length": 70, "state": 16, "order": "channel"}, FOUR),
@@ -35,15 +33,18 @@ OTHERS = {
         for reverse in (False, True)
         for length in (197, 222, 333)
     },
-    "parts of time together": ({"batch": 1, "dim": 20, "length": 1001, "state": 4}, emulator.CLUSTERS),
-    "parts of time together, reverse": ({"dim": 20, "length": 1001, "state": 4, "reverse": True}, emulator.CLUSTERS),
-    "parts of time together, channel order": (
+    "parts of time in a relay": ({"batch": 1, "dim": 20, "length": 1001, "state": 4}, emulator.H100),
+    "parts of time in a relay, reverse": ({"dim": 20, "length": 1001, "state": 4, "reverse": True}, emulator.H100),
+    "parts of time in a relay, channel order": (
         {"dim": 24, "length": 600, "state": 16, "dtype": "bfloat16", "order": "channel"},
-        emulator.CLUSTERS,
+        emulator.H100,
     ),
-    "parts of time together, some empty": ({"dim": 5, "length": 330, "state": 3, "delta_softplus": False}, emulator.CLUSTERS),
-    "parts of time together, complex": ({"dim": 5, "length": 300, "complex": True, "initial_state": False}, emulator.CLUSTERS),
-    "parts of time together, groups": ({"dim": 24, "length": 300, "B": 4, "C": 6}, emulator.CLUSTERS),
+    "parts of time in a relay, no softplus": ({"dim": 5, "length": 330, "state": 3, "delta_softplus": False}, emulator.H100),
+    "parts of time in a relay, complex": ({"dim": 5, "length": 300, "complex": True, "initial_state": False}, emulator.H100),
+    "parts of time in a relay, groups": ({"dim": 24, "length": 300, "B": 4, "C": 6}, emulator.H100),
+    "parts of time in a relay, constant B and C": ({"dim": 5, "length": 300, "B": "constant", "C": "constant"}, emulator.H100),
+    "parts of time in a relay, slices of the states": ({"batch": 1, "dim": 3, "length": 200, "state": 300}, emulator.H100),
+    "parts of time in a relay that fills the GPU twice": ({"dim": 40, "length": 450, "state": 16}, EIGHT),
     "rows across packs, complex": (
         {"dim": 5, "length": 197, "complex": True, "dtype": "bfloat16", "B": "interleaved", "C": "interleaved"},
         emulator.FULL,
@@ -82,7 +83,7 @@ FORGETFUL = {
 }
 
 
-@pytest.mark.parametrize(("device", "length"), [(emulator.H100, 1100), (emulator.CLUSTERS, 1000)], ids=["apart", "together"])
+@pytest.mark.parametrize(("device", "length"), [(SMALL, 2100), (emulator.H100, 1000)], ids=["apart", "relay"])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("kind", FORGETFUL)
 def test_parts_of_time_that_forget(monkeypatch, kind, reverse, device, length):
@@ -110,7 +111,7 @@ def test_an_infinity_of_u_stays_one_without_D(monkeypatch, length):
     assert np.isfinite(y[:, :, :100]).all() and np.isinf(y[:, :, 100]).all() and not np.isnan(y).any()
 
 
-@pytest.mark.parametrize(("device", "length"), [(emulator.H100, 1152), (emulator.CLUSTERS, 1024)], ids=["apart", "together"])
+@pytest.mark.parametrize(("device", "length"), [(SMALL, 2176), (emulator.H100, 1024)], ids=["apart", "relay"])
 @pytest.mark.parametrize(("dtype", "A", "small"), [("float32", 1.0, 1e-25), ("float64", 7.0, 1e-250)])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_parts_of_time_that_grow(monkeypatch, dtype, A, small, reverse, device, length):

@@ -19,8 +19,11 @@ DEVICES = {
     "75": kernels.Device(multiprocessors=40, shared_bytes=65536, shared_bytes_of_multiprocessor=65536),
     "86": kernels.Device(multiprocessors=28, shared_bytes=101376, shared_bytes_of_multiprocessor=102400),
     "90": kernels.Device(multiprocessors=132, shared_bytes=232448, shared_bytes_of_multiprocessor=233472),
-    "120": kernels.Device(170, shared_bytes=101376, shared_bytes_of_multiprocessor=102400, has_clusters=True),
+    "120": kernels.Device(170, shared_bytes=101376, shared_bytes_of_multiprocessor=102400, overlaps=True),
 }
+
+
+SMALL = kernels.Device(multiprocessors=4, shared_bytes=65536, shared_bytes_of_multiprocessor=65536)
 
 
 class Recorder:
@@ -34,7 +37,7 @@ class Recorder:
         self.compiled.append(kernel)
         self.shared_bytes[kernel] = shared_bytes
 
-        def prepare(blocks, threads, numbers, order=None):
+        def prepare(blocks, threads, numbers, overlap=False, order=None):
             return lambda given: self.launched.append((*kernel, blocks, threads, numbers, emulator.by_name(given, order)))
 
         return SimpleNamespace(prepare=prepare)
@@ -70,7 +73,8 @@ def instantiations():
             (cases.ROWS, DEVICES["90"]._replace(multiprocessors=1), ""),
             ({row: cases.ROWS[row] for row in cases.FEW_CHANNELS}, DEVICES["90"], ", few channels"),
             (parts, DEVICES["90"], ""),
-            (parts, DEVICES["90"]._replace(has_clusters=True), ", together"),
+            ({row: changes | {"length": 2100} for row, changes in parts.items()}, SMALL, ", apart"),
+            (parts, DEVICES["90"]._replace(overlaps=True), ", overlapping"),
         ):
             recorder = record(patch)
             patch.setattr(kernels, "device", lambda device=device: device)
@@ -89,7 +93,7 @@ def test_compiles_for_every_architecture_without_spills(file, constants, request
     architectures = kernels.ARCHITECTURES
     if request.node.callspec.id.endswith("few channels"):  # three such blocks take more shared memory than others have
         architectures = ("80", "90", "100")
-    if request.node.callspec.id.endswith("together"):
+    if request.node.callspec.id.endswith("overlapping"):
         architectures = ("90", "100", "120")
     # The scan's kernels take seconds to compile: but for their base case, one architecture a row, each in its turn.
     if "scan_" in file and not request.node.callspec.id.endswith("-base") and not request.config.getoption("--compile-all"):

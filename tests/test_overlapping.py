@@ -42,9 +42,10 @@ def driver(monkeypatch):
 
 
 def test_a_launch(driver):
-    raw = SimpleNamespace(kernel=SimpleNamespace(ptr=1234))
-    argument = np.frombuffer(b"0123456789abcdef", np.dtype((np.void, 16)))
-    overlapping.overlapping(raw)((5,), (256,), (argument,), shared_mem=64)
+    argument = np.zeros(16, np.uint8)
+    launch = overlapping.overlapping(5, 256, argument, 64)
+    argument[...] = np.frombuffer(b"0123456789abcdef", np.uint8)  # as it is when it is launched
+    launch(SimpleNamespace(ptr=1234))
     assert driver.calls == [
         {
             "grid": (5, 1, 1), "block": (256, 1, 1), "shared_bytes": 64, "stream": 77, "attribute": (6, 1), "count": 1,
@@ -55,6 +56,5 @@ def test_a_launch(driver):
 
 def test_a_refusal_is_an_error(driver):
     driver.status = 1
-    raw, argument = SimpleNamespace(kernel=SimpleNamespace(ptr=1)), np.zeros(1, np.dtype((np.void, 16)))
     with pytest.raises(overlapping.OverlapError, match="cuLaunchKernelEx: error 1 of the CUDA driver"):
-        overlapping.overlapping(raw)((1,), (32,), (argument,))
+        overlapping.overlapping(1, 32, np.zeros(16, np.uint8))(SimpleNamespace(ptr=1))

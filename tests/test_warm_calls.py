@@ -81,7 +81,8 @@ def test_a_call_of_the_same_kind_is_neither_checked_nor_planned_again(launched, 
     y, last_state, saved = selective_scan_fwd(**second)
     grads = selective_scan_bwd(y, saved, last_state)
     assert [launch[:-1] for launch in launched] == kernels_of_first
-    forward, backward = launched[0][-1], launched[1][-1]
+    of = {name: arrays for _, name, *_, arrays in launched}
+    forward, backward = of["selective_scan_fwd"], of["selective_scan_bwd"]
     assert all(forward[name] is second[name] for name in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias"))
     assert forward["y"] == y.data.ptr and forward["states"] == saved.states.data.ptr
     assert backward["states"] is saved.states and backward["dy"] is y and backward["du"] == grads.u.data.ptr
@@ -132,6 +133,15 @@ def test_what_was_saved_is_not_looked_at_again(launched, monkeypatch):
     assert [id(x) for x in looked_at] == [id(y), id(last_state)]
 
 
+def test_a_shape_changed_in_place_is_noticed(launched):
+    y, last_state, saved = selective_scan_fwd(**make())
+    selective_scan_bwd(y, saved, last_state)
+    batch, dim, length = saved.u.shape
+    saved.u.shape = (batch, length, dim)
+    with pytest.raises(ValueError, match="selective_scan_bwd: "):
+        selective_scan_bwd(y, saved, last_state)
+
+
 OTHERS = {
     "replaced": lambda saved: saved._replace(reverse=saved.reverse),
     "built": lambda saved: SelectiveScanSaved(*saved),
@@ -142,11 +152,14 @@ OTHERS = {
 @pytest.mark.parametrize("made", OTHERS)
 def test_what_else_is_saved_is_looked_at(launched, made):
     y, last_state, saved = selective_scan_fwd(**make())
+    launched.clear()
     selective_scan_bwd(y, saved, last_state)
+    launches_of_first = [launch[:-1] for launch in launched]
+    launched.clear()
     other = OTHERS[made](saved)
     assert type(other) is SelectiveScanSaved and all(one is two for one, two in zip(saved, other, strict=True))
     selective_scan_bwd(y, other, last_state)
-    assert repr(launched[1][:-1]) == repr(launched[3][:-1])
+    assert repr([launch[:-1] for launch in launched]) == repr(launches_of_first)
     other = OTHERS[made](other._replace(A=on_gpu(np.empty((24, 17), np.float32))))
     with pytest.raises(ValueError, match=r"saved\.states has shape"):
         selective_scan_bwd(y, other)

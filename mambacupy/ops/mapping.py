@@ -21,12 +21,15 @@ MOST_PARTS_CHAINED = 32
 """Parts of time of which each finds by itself what enters it, in the forward direction: so many take less time than a launch
 that finds it for all."""
 
-MOST_PARTS_TOGETHER = 8
-"""Parts of time that run together and exchange what they hand on within a launch: blocks of a cluster, as many as any GPU that
-has clusters allows."""
+MOST_PARTS_IN_A_RELAY = 32
+"""The same of parts that hand on to each other within a launch."""
 
-SHARE_OF_CLUSTERS = 0.75
-"""Of a GPU, that clusters fill for sure: the blocks of one must find room close to each other."""
+MOST_STATES_CHAINED = 64
+"""States of a lane times parts of time in such a launch, forward: what a lane may have to chain. With more, parts are of two
+chunks, if that leaves the GPU full."""
+
+MOST_TURNS_OF_A_RELAY = 4
+"""How many times such a launch may fill the GPU, backward: a part that is a chunk costs more than a chunk of a longer part."""
 
 COST_OF_HALF_A_BLOCK = 1.08
 """Time for a channel in a block of half the size, relative to a full one: fewer channels share a load of B and C."""
@@ -47,8 +50,8 @@ class Mapping(NamedTuple):
     blocks_per_sm: int  # that the compiler leaves registers for
     splits: int
     shared_bytes: int  # dynamic shared memory
-    cluster: int = 1  # parts of time that run together, all of them if any
     buffers: int = 2  # tiles in shared memory
+    relay: bool = False  # parts of time hand on to each other within a launch; backward a part is a chunk then
 
     @property
     def constants(self):
@@ -94,8 +97,11 @@ def _slots_backward(args):
     return max(room // state_bytes, 1)
 
 
-def _parts_of_time(args, wanted, chunks):
-    return max(1, min(wanted, -(-args.length // CHUNK) // chunks))
+def _parts_of_time(args, wanted, least):
+    """How many parts of whole chunks, at least so many, there are to be. None is empty."""
+    chunks = -(-args.length // CHUNK)
+    share = -(-chunks // max(1, min(wanted, chunks // least)))
+    return -(-chunks // share)
 
 
 def _shared_bytes_for_two(device):
@@ -112,21 +118,20 @@ def _most_work(args, splits, threads, block_channels, full, device):
 def forward(args, state, device):
     """Mapping of the forward kernel for `state` states a channel, on a `kernels.Device`.
 
-    Parts of time run together, in one launch, where they need not be longer for it, and all of them fit into the GPU at once
-    with all that they prepare.
+    Parts of time hand on to each other in one launch where all that is prepared of a part fits into shared memory, and all
+    parts run at once.
     """
-    mapping = _forward_of(args, state, device, together=False)
-    if 1 < mapping.splits <= MOST_PARTS_TOGETHER and device.has_clusters:
-        together = _forward_of(args, state, device, together=True)
-        blocks = min(device.shared_bytes_of_multiprocessor // (together.shared_bytes + 1024), together.blocks_per_sm)
-        places = SHARE_OF_CLUSTERS * blocks * device.multiprocessors
-        if together.shared_bytes <= device.shared_bytes and _blocks(args, together) <= places:
-            return together
+    mapping = _forward_of(args, state, device, relay=False)
+    if 1 < mapping.splits <= MOST_PARTS_IN_A_RELAY:
+        relay = _forward_of(args, state, device, relay=True)
+        blocks = min(device.shared_bytes_of_multiprocessor // (relay.shared_bytes + 1024), relay.blocks_per_sm)
+        if relay.shared_bytes <= device.shared_bytes and _blocks(args, relay) <= blocks * device.multiprocessors:
+            return relay
     return mapping
 
 
-def _forward_of(args, state, device, together):
-    """The mapping whose parts of time, if there are any, run together, or in two launches.
+def _forward_of(args, state, device, relay):
+    """The mapping whose parts of time, if there are any, hand on to each other within a launch, or run in two.
 
     Eight states a lane (four complex ones) are enough independent work to hide the latencies of one step, and leave little to
     add up across lanes. Parts of time cost their recurrence twice, so they come only where they fill a GPU that is mostly idle;
@@ -138,8 +143,10 @@ def _forward_of(args, state, device, together):
     lanes_wanted, lanes_given = 32 * ENOUGH_WARPS * device.multiprocessors, args.batch * args.dim * lanes
     wanted = lanes_wanted // lanes_given if lanes_given * 3 <= lanes_wanted else 1
     splits = _parts_of_time(args, wanted, CHUNKS_OF_A_PART)
-    if together:
-        splits = power_of_two(min(_parts_of_time(args, wanted, 1), MOST_PARTS_TOGETHER) // 2 + 1)  # rounded down
+    if relay:
+        splits = _parts_of_time(args, min(wanted, MOST_PARTS_IN_A_RELAY), 1)
+        if splits * slots > MOST_STATES_CHAINED and 2 * lanes_given * splits > lanes_wanted:
+            splits = _parts_of_time(args, min(wanted, MOST_PARTS_IN_A_RELAY), 2)
     while slots > 1 and lanes < 32 and 2 * args.batch * args.dim * lanes * splits <= lanes_wanted:
         slots, lanes = slots // 2, lanes * 2
     real_bytes, state_bytes = _bytes(args)
@@ -147,7 +154,7 @@ def _forward_of(args, state, device, together):
     work = {size: _most_work(args, splits, size, size // lanes * channels, 128, device) for size in (128, 64)}
     threads = min(work, key=work.get)
     room, blocks_per_sm = _shared_bytes_for_two(device), (256 if real_bytes == 4 else 128) // threads
-    lone = math.inf if together or lanes > 2 or slots == 1 or state_bytes > 4 else _lone_block(args, splits, lanes, device)
+    lone = math.inf if relay or lanes > 2 or slots == 1 or state_bytes > 4 else _lone_block(args, splits, lanes, device)
     if lone * COST_OF_A_LONE_BLOCK < work[threads]:
         threads, room, blocks_per_sm = lone, device.shared_bytes, 1
         if lone <= 160:  # twice the warps, of 96 registers a thread: four schedulers share them more evenly
@@ -161,12 +168,12 @@ def _forward_of(args, state, device, together):
         if in_registers <= most_in_registers and shared_bytes <= room:
             break
     mapping = Mapping(lanes, slots, channels, tile, threads, 2, blocks_per_sm, splits, shared_bytes)
-    if not together:
+    if not relay:
         return mapping
     chunks = -(-args.length // CHUNK)
     buffers = power_of_two(-(-chunks // splits) * CHUNK // tile)
     shared_bytes = _forward_shared_bytes(args, lanes, slots, tile, block_channels, buffers)
-    return mapping._replace(shared_bytes=shared_bytes, cluster=splits, buffers=buffers)
+    return mapping._replace(shared_bytes=shared_bytes, buffers=buffers, relay=True)
 
 
 def _lone_block(args, splits, lanes, device):
@@ -193,15 +200,19 @@ def backward(args, state, device):
     follows from shared memory, of which two blocks are to fit on a multiprocessor.
 
     Where such blocks leave the GPU partly idle, states are spread over twice as many lanes, in blocks of which three fit on a
-    multiprocessor: if all of these run at once, and either the GPU would not be full even with time cut into parts, or these
-    blocks fill half of it without parts, whose carries cost a launch of their own.
+    multiprocessor: if parts of time hand on to each other, or if all of these blocks run at once, and either the GPU would not
+    be full even with time cut into parts, or these blocks fill half of it without parts, whose carries cost a launch.
     """
     slots = min(_slots_backward(args), max(power_of_two(state) // 2, 1))  # two lanes at least can share two channels
-    mapping = _backward_of(args, state, slots, 2, device)
+    mapping, relay = (_backward_of(args, state, slots, 2, device, relay) for relay in (False, True))
     if slots == 1 or mapping.lanes == 32 or mapping.channels == 1 or _bytes(args)[0] == 8 or args.zoh:
-        return mapping
-    wider, most = _backward_of(args, state, slots // 2, 3, device), 3 * device.multiprocessors
-    if (wider.channels, wider.threads) != (2, 128) or _blocks(args, wider) > most:
+        return relay
+    wider, most = _backward_of(args, state, slots // 2, 3, device, True), 3 * device.multiprocessors
+    if (wider.channels, wider.threads) != (2, 128):
+        return relay
+    if wider.relay:
+        return wider
+    if _blocks(args, wider) > most:
         return mapping
     is_full = _blocks(args, mapping) > 0.9 * 2 * device.multiprocessors
     return wider if not is_full or (mapping.splits > 1 and wider.splits == 1) else mapping
@@ -211,8 +222,9 @@ def _blocks(args, mapping):
     return args.batch * mapping.splits * -(-args.dim // mapping.block_channels)
 
 
-def _backward_of(args, state, slots, blocks_per_sm, device):
-    """The mapping with so many states in a lane, and with blocks of which so many fit on a multiprocessor if any does."""
+def _backward_of(args, state, slots, blocks_per_sm, device, relay):
+    """The mapping with so many states in a lane, and with blocks of which so many fit on a multiprocessor if any does; with or
+    without parts of time that hand on to each other."""
     lanes = power_of_two(-(-state // slots))
     sizes = [(2, 128), (2, 64), (2, 32), (1, 32)] if lanes > 1 and _bytes(args)[1] <= 8 else [(1, 128), (1, 64), (1, 32)]
     room = min(device.shared_bytes, device.shared_bytes_of_multiprocessor // blocks_per_sm - 1024)
@@ -221,10 +233,13 @@ def _backward_of(args, state, slots, blocks_per_sm, device):
         return _backward_shared_bytes(args, lanes, slots, *size) <= (device.shared_bytes if size == (2, 32) else room)
 
     channels, threads = next(filter(fits, sizes), sizes[-1])
-    wanted = blocks_per_sm * device.multiprocessors // (args.batch * -(-args.dim // (threads // lanes * channels)))
-    splits = _parts_of_time(args, wanted, 1) if wanted >= 2 and args.length > 4 * CHUNK else 1
+    blocks, places = args.batch * -(-args.dim // (threads // lanes * channels)), blocks_per_sm * device.multiprocessors
+    wanted, chunks = places // blocks, -(-args.length // CHUNK)
+    relay = relay and wanted >= 2 and 1 < chunks <= min(MOST_PARTS_IN_A_RELAY, MOST_TURNS_OF_A_RELAY * wanted)
+    splits = chunks if relay else _parts_of_time(args, wanted, 1) if wanted >= 2 and args.length > 4 * CHUNK else 1
     shared_bytes = _backward_shared_bytes(args, lanes, slots, channels, threads)
-    return Mapping(lanes, slots, channels, CHUNK, threads, 1, blocks_per_sm * 128 // threads, splits, shared_bytes)
+    blocks_per_sm = blocks_per_sm * 128 // threads
+    return Mapping(lanes, slots, channels, CHUNK, threads, 1, blocks_per_sm, splits, shared_bytes, relay=relay)
 
 
 def _backward_shared_bytes(args, lanes, slots, channels, threads):

@@ -100,7 +100,7 @@ that none is left with a block of its own at the end."""
 _TYPES = {"float16": 1, "bfloat16": 2}
 
 
-def sums_of_parts(real, sums, reals=1, places=None):
+def sums_of_parts(real, sums, reals=1, places=None, overlap=False):
     """The launch that adds up parts in a fixed order. It takes addresses, of which the first is null.
 
     Parameters
@@ -113,19 +113,23 @@ def sums_of_parts(real, sums, reals=1, places=None):
         2 where values are complex.
     places : tuple of int, optional
         Where among the addresses parts and out of each of `sums` are, in turn: right behind the null by default.
+    overlap : bool
+        Let it begin while the kernel in front of it ends, which leaves the parts.
     """
     places = places or tuple(range(1, 2 * len(sums) + 1))
-    return _remembered(("sums", real, sums, reals, places), _prepare_sums, real, sums, reals, places)
+    return _remembered(("sums", real, sums, reals, places, overlap), _prepare_sums, real, sums, reals, places, overlap)
 
 
-def _prepare_sums(real, sums, reals, places):
+def _prepare_sums(real, sums, reals, places, overlap):
     layouts = [_layout_of_sum(x, real) for x in sums]
     layouts += [dict.fromkeys(layouts[0], 0)] * (MOST_SUMS - len(sums))
     numbers = {f"{name}{k}": value for k, layout in enumerate(layouts) for name, value in layout.items()} | {"reals": reals}
     blocks = sum(layout["blocks"] for layout in layouts)
     names = [f"{name}{k}" for k in range(MOST_SUMS) for name in ("parts", "out")]
     order = dict.fromkeys(names, 0) | dict(zip(names, places, strict=False))
-    return kernels.get("sum_parts.cu", "sum_parts", {"REAL": kernels.C_TYPES[real]}).prepare(blocks, 256, numbers, order=order)
+    constants = {"REAL": kernels.C_TYPES[real]} | ({"OVERLAP": 1} if overlap else {})
+    kernel = kernels.get("sum_parts.cu", "sum_parts", constants)
+    return kernel.prepare(blocks, 256, numbers, order=order, **({"overlap": True} if overlap else {}))
 
 
 def _layout_of_sum(x, real):

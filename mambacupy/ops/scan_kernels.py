@@ -154,13 +154,16 @@ def _launches(args, layout, name, common, numbers, entering, backward, order):
 
     chains = not backward and 1 < layout.splits <= mapping.MOST_PARTS_CHAINED
 
-    def prepare(carries_only):
-        constants = common.constants | {"CARRIES_ONLY": carries_only, "CHAINS": int(chains)}
+    def prepare(carries_only, **options):
+        constants = common.constants | {"CARRIES_ONLY": carries_only, "RELAY": int(layout.relay), "CHAINS": int(chains)}
         kernel = kernels.get(file, name, constants, layout.shared_bytes)
-        return kernel.prepare(blocks, layout.threads * layout.teams, numbers, order=order)
+        return kernel.prepare(blocks, layout.threads * layout.teams, numbers, order=order, **options)
 
-    if layout.splits == 1 or layout.cluster > 1:
+    if layout.splits == 1:
         return [prepare(0)]
+    if layout.relay:
+        clear = kernels.get("clear.cu", "clear", {}).prepare(-(-blocks // 256), 256, {"count": blocks}, order=order)
+        return [clear, prepare(0, **({"overlap": True} if kernels.device().overlaps else {}))]
     if chains:
         return [prepare(1), prepare(0)]
     real = kernels.C_TYPES[arrays.compute_dtype(args.u.dtype).name]
@@ -171,13 +174,16 @@ def _launches(args, layout, name, common, numbers, entering, backward, order):
     return [prepare(1), combine.prepare(-(-states // 256), 256, numbers, order=order), prepare(0)]
 
 
-def _carries(args, layout):
+def _carries(args, layout, blocks_per_batch):
     """Bytes of what parts of time hand on."""
     if layout.splits == 1:
         return {}
-    channels = args.batch * layout.splits * args.dim
+    parts = args.batch * layout.splits
+    if layout.relay:
+        of_block = layout.threads * layout.channels * layout.slots * 2 * args.A.itemsize
+        return {"handed": parts * blocks_per_batch * of_block, "published": parts * blocks_per_batch * 4}
     real_bytes = arrays.compute_dtype(args.u.dtype).itemsize
-    return {"carries": channels * args.state * args.A.itemsize, "totals": channels * real_bytes}
+    return {"carries": parts * args.dim * args.state * args.A.itemsize, "totals": parts * args.dim * real_bytes}
 
 
 # ---------------------------------------------------------------------------------------------------- calls
@@ -186,7 +192,19 @@ _FORWARD = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state"
 
 _BACKWARD = (*_FORWARD, "states", "dy", "dlast_state")
 
-_MAY_BE_MISSING = ("carries", "totals", "states", "dz", "dD", "dbias", "dinitial_state", "dD_parts", "dbias_parts")
+_MAY_BE_MISSING = (
+    "carries",
+    "totals",
+    "handed",
+    "published",
+    "states",
+    "dz",
+    "dD",
+    "dbias",
+    "dinitial_state",
+    "dD_parts",
+    "dbias_parts",
+)
 
 
 def _order(names, fresh, enters, came, left):
@@ -264,10 +282,10 @@ def plan_forward(args, delta_softplus, reverse, save):
     layout = mapping.forward(args, min(args.state, most), kernels.device())
     tensors = {name: x for name, x in (("u", args.u), ("delta", args.delta), ("z", args.z)) if x is not None}
     common = _common(args, layout, tensors, delta_softplus, reverse)
-    more = {"SLICED": int(args.state > most), "CLUSTER": layout.cluster, "BUFFERS": layout.buffers}
+    more = {"SLICED": int(args.state > most), "BUFFERS": layout.buffers}
     common = common._replace(constants=common.constants | more)
     numbers = common.numbers | plans.strides(args.initial_state, init_batch=0, init_dim=1, init_state=2)
-    fresh = _fresh_results(args, common.axis, save, _carries(args, layout))
+    fresh = _fresh_results(args, common.axis, save, _carries(args, layout, common.blocks_per_batch))
     order = _order(_FORWARD, fresh, "initial_state", "parts_in", "parts_out")
     slices = [
         (here, _launches(args, layout, "selective_scan_fwd", common, numbers | {"state": count}, args.initial_state, 0, order))
@@ -348,20 +366,22 @@ def plan_backward(args, delta_softplus, reverse, dy, dlast_state, B, C):
     tensors = {name: x for name, x in tensors.items() if x is not None}
     common = _common(args, layout, tensors, delta_softplus, reverse)
     sliced = int(args.state > most)
-    common = common._replace(constants=common.constants | {"DY_T": kernels.C_TYPES[dy.dtype.name], "SLICED": sliced})
+    more = {"DY_T": kernels.C_TYPES[dy.dtype.name], "SLICED": sliced}
+    common = common._replace(constants=common.constants | more)
     numbers = common.numbers | {"plane": args.u.size}
     numbers |= plans.strides(dlast_state, dlast_batch=0, dlast_dim=1, dlast_state_stride=2)
     sums = _sums(args, layout, common)
     real = arrays.compute_dtype(args.u.dtype)
     sizes = {f"{name}_parts": x.outer * x.count * x.rows * x.columns * real.itemsize for name, x in sums.items()}
-    fresh = _fresh_gradients(args, common.axis, B, C, _carries(args, layout) | sizes)
+    fresh = _fresh_gradients(args, common.axis, B, C, _carries(args, layout, common.blocks_per_batch) | sizes)
     order = _order(_BACKWARD, fresh, "dlast_state", "sums_in", "sums_out")
     slices = [
         (here, _launches(args, layout, "selective_scan_bwd", common, numbers | {"state": count}, dlast_state, 1, order))
         for here, count in _slices(args.state, most)
     ]
     places = tuple(order[x] for name in sums for x in (f"{name}_parts", name))
-    launch_sums = plans.sums_of_parts(real.name, tuple(sums.values()), 1 + args.complex, places)
+    overlap = kernels.device().overlaps
+    launch_sums = plans.sums_of_parts(real.name, tuple(sums.values()), 1 + args.complex, places, overlap)
     results = _results(fresh, _GRADIENTS)
     return _Plan(args.xp, common.axis, _BACKWARD, fresh, results, order, common.copied, split, slices, launch_sums)
 

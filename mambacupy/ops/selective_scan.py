@@ -160,8 +160,8 @@ def selective_scan_bwd(dy, saved, dlast_state=None):
     tensors = saved[:10]  # the arguments, and states
     if saved.plan is None:
         known, options = (*tensors, dy, dlast_state), (bool(saved.delta_softplus), bool(saved.reverse), saved.discretization)
-    else:  # which follows from all but these
-        known, options = (dy, dlast_state), (saved.plan,)
+    else:  # which follows from all but these; u's shape is one that may have been set since
+        known, options = (dy, dlast_state), (saved.plan, saved.u.shape)
     plan = plans.planned(_plan_backward, (saved, dy, dlast_state), known, options)
     if plan is None:
         return reference.selective_scan_bwd(dy, saved, dlast_state)
