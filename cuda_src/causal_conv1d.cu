@@ -13,15 +13,14 @@
 //
 // VECTOR divides the contiguous axis, the strides and the addresses of x and y.
 //
-// Compile-time, besides conv.cuh's: WIDTH, TIME_CONTIGUOUS, VECTOR, LANES (1 where channels are contiguous), and WEIGHT_VECTOR:
-// how many entries of a C-contiguous weight are read at once; it divides VECTOR·WIDTH. 1: any strides.
+// Compile-time, besides conv.cuh's: WIDTH, THREADS, TIME_CONTIGUOUS, VECTOR, LANES (1 where channels are contiguous), and
+// WEIGHT_VECTOR: how many entries of a C-contiguous weight are read at once; it divides VECTOR·WIDTH. 1: any strides.
 #include "conv.cuh"
 
-constexpr int THREADS = 128;
 constexpr int BEFORE = WIDTH - 1;
 // Blocks that a multiprocessor is to hold: as many as registers allow where the common filters do not spill.
 #if __CUDA_ARCH__ >= 900
-constexpr int BLOCKS = TIME_CONTIGUOUS || WIDTH > 4 || sizeof(real) > 4 ? 1 : 4;
+constexpr int BLOCKS = TIME_CONTIGUOUS || WIDTH > 4 || sizeof(real) > 4 ? 1 : 640 / THREADS;
 #else
 constexpr int BLOCKS = 1;
 #endif
@@ -138,9 +137,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) causal_conv1d(cons
     const long long c = thread % packs * VECTOR, split = thread / packs % p.splits, b = thread / packs / p.splits;
     if (b >= p.batch) return;
     const long long begin = split * p.steps, end = begin + p.steps < p.length ? begin + p.steps : p.length;
-    const element* x = p.x + b * p.x_batch + walk_origin(p.length, p.x_row) + c;
-    element* y = p.y + b * p.y_batch + walk_origin(p.length, p.y_row) + c;
     const long long x_step = walk_stride(p.x_row), y_step = walk_stride(p.y_row);
+    const element* x = p.x + b * p.x_batch + walk_origin(p.length, p.x_row) + c + begin * x_step;
+    element* y = p.y + b * p.y_batch + walk_origin(p.length, p.y_row) + c + begin * y_step;
+
+    const int own = (int)(end - begin), rounds_end = own / ROUND * ROUND;                     // steps count from `begin`
+    const element* x_next = x;
+    Elements before[WIDTH], ahead[ROUND];                              // before: what the first step looks back on
+    auto load = [&](int j, int t) {
+        if (t >= rounds_end) return;
+        ahead[j] = load_pack<element, VECTOR>(x_next, VECTOR);
+        x_next += x_step;
+    };
+    // A part is short: all that it begins with is on its way before any of it is used.
+#pragma unroll
+    for (int k = 1; k < WIDTH; ++k) before[k] = load_whole<element, VECTOR>(x + (k - WIDTH) * x_step, begin >= WIDTH - k);
+#pragma unroll
+    for (int j = 0; j < ROUND; ++j) load(j, j);
 
     real w[WIDTH][VECTOR], bias[VECTOR], e[WIDTH][VECTOR];             // e: the last WIDTH steps walked, the latest last
 #pragma unroll
@@ -154,27 +167,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) causal_conv1d(cons
 #pragma unroll
     for (int v = 0; v < VECTOR; ++v) bias[v] = p.bias ? to_real(p.bias[(c + v) * p.bias_dim]) : real(0);
 #pragma unroll
-    for (int k = 1; k < WIDTH; ++k) {                                  // what the first step of this part looks back on
+    for (int k = 1; k < WIDTH; ++k) {
         const long long s = begin - WIDTH + k;
-        Elements pack = {};
-        if (s >= 0) pack = load_pack<element, VECTOR>(x + s * x_step, VECTOR);
 #pragma unroll
         for (int v = 0; v < VECTOR; ++v) {
-            e[k][v] = to_real(pack.get(v));
+            e[k][v] = to_real(before[k].get(v));
             if (s < 0 && p.initial_state)
                 e[k][v] = to_real(p.initial_state[b * p.init_batch + (c + v) * p.init_dim + (BEFORE + s) * p.init_tap]);
         }
     }
 
-    const int own = (int)(end - begin), rounds_end = own / ROUND * ROUND;                     // steps count from `begin`
-    const element* x_next = x + begin * x_step;
-    element* y_next = y + begin * y_step;
-    Elements ahead[ROUND];
-    auto load = [&](int j, int t) {
-        if (t >= rounds_end) return;
-        ahead[j] = load_pack<element, VECTOR>(x_next, VECTOR);
-        x_next += x_step;
-    };
     auto step = [&](const Elements& now) {
         Elements out = {};
 #pragma unroll
@@ -187,11 +189,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) causal_conv1d(cons
             for (int k = 0; k < WIDTH; ++k) sum += w[k][v] * e[k][v];
             out.set(v, rounded(activated(sum)));
         }
-        store_pack<element, VECTOR>(y_next, out, VECTOR);
-        y_next += y_step;
+        store_pack<element, VECTOR>(y, out, VECTOR);
+        y += y_step;
     };
-#pragma unroll
-    for (int j = 0; j < ROUND; ++j) load(j, j);
     for (int first = 0; first < rounds_end; first += ROUND) {
 #pragma unroll
         for (int j = 0; j < ROUND; ++j) {

@@ -20,7 +20,6 @@
 // Compile-time: as causal_conv1d.cu, DY_T, and EARLY: how many chunks before their loads lines are asked into L2 (0: not at all).
 #include "conv.cuh"
 
-constexpr int THREADS = 128;
 constexpr int BEFORE = WIDTH - 1;
 
 struct Params {
@@ -41,7 +40,7 @@ constexpr int BLOCKS_OF_CHANNELS = WIDTH == 4 && sizeof(DY_T) == 2 && !REVERSE ?
 #else
 constexpr int BLOCKS_OF_CHANNELS = 3;
 #endif
-constexpr int BLOCKS = WIDTH > 4 || sizeof(real) > 4 ? 1 : TIME_CONTIGUOUS ? (EARLY ? 5 : 6) : BLOCKS_OF_CHANNELS;
+constexpr int BLOCKS = WIDTH > 4 || sizeof(real) > 4 ? 1 : TIME_CONTIGUOUS ? (EARLY ? 8 : 12) : BLOCKS_OF_CHANNELS;
 
 template <bool ANSWER> struct Known { static constexpr bool yes = ANSWER; };
 

@@ -40,19 +40,19 @@ def norm(operation, x, weight, bias, residual, eps, residual_dtype):
     _check_float(operation, "x", x)
     if not x.ndim or not x.shape[-1]:
         raise ValueError(f"{operation}: x has shape {x.shape}, wanted (..., dim) with dim at least 1")
-    allowed, because = _RULES[x.dtype][2], f" because x is {dtype_name(x.dtype)}"
+    allowed = _RULES[x.dtype][2]
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None:
             if parameter.shape != x.shape[-1:]:
                 raise _wrong_shape(operation, name, parameter, {"dim": x.shape[-1]})
             if parameter.dtype not in allowed:
-                raise _wrong_dtype(operation, name, parameter, allowed, because)
+                raise _wrong_dtype(operation, name, parameter, allowed, _because_of(x))
     if bias is not None and bias.dtype != weight.dtype:
         raise _wrong_dtype(operation, "bias", bias, (weight.dtype,), ", the dtype of weight")
     if residual is not None:
         _check_like(operation, "residual", residual, "x", x.shape)
         if residual.dtype not in allowed:
-            raise _wrong_dtype(operation, "residual", residual, allowed, because)
+            raise _wrong_dtype(operation, "residual", residual, allowed, _because_of(x))
     if isinstance(eps, bool) or not isinstance(eps, numbers.Real):
         raise TypeError(f"{operation}: eps is of type {type(eps).__qualname__}, wanted a number")
     if not (math.isfinite(eps) and eps >= 0):
@@ -66,7 +66,7 @@ def norm(operation, x, weight, bias, residual, eps, residual_dtype):
             total_dtype = None
         if total_dtype not in allowed:
             wanted = ", ".join(map(dtype_name, allowed))
-            raise TypeError(f"{operation}: residual_dtype is {residual_dtype!r}, wanted one of {wanted}{because}")
+            raise TypeError(f"{operation}: residual_dtype is {residual_dtype!r}, wanted one of {wanted}{_because_of(x)}")
     return NormArguments(xp, x, weight, bias, residual, total_dtype)
 
 
@@ -285,6 +285,11 @@ def lengths(operation, x, lengths):
 
 
 # ---------------------------------------------------------------------------------------------------- parts of the above
+def _because_of(x):
+    """What follows the dtypes that will do. A dtype takes as long to name as all checks of a norm."""
+    return f" because x is {dtype_name(x.dtype)}"
+
+
 @functools.cache
 def _check_products(operation):
     """Complain if CuPy has no cuBLAS: of itself it would only name a file that it does not find."""

@@ -16,6 +16,7 @@ import test_kernels
 
 from mambacupy import (
     SelectiveScanSaved,
+    causal_conv1d,
     checks,
     checks_conv,
     kernels,
@@ -25,6 +26,8 @@ from mambacupy import (
     selective_state_update,
 )
 from mambacupy.ops import plans
+from mambacupy.ops.norm import rms_norm_fwd
+from mambacupy.ops.scan_constants import scan_constants
 
 cupy = pytest.importorskip("cupy", reason="the arrays are CuPy's")
 
@@ -182,6 +185,29 @@ def test_a_step_of_the_same_kind_is_not_checked_again(launched, monkeypatch):
     monkeypatch.setattr(checks_conv, "selective_state_update", None)
     y = selective_state_update(state, x, x, A, B, B)
     assert len(launched) == 2 and launched[1][-1]["y"] is y and launched[1][-1]["B"] is B
+
+
+def operations_of_a_layer():
+    """Calls of one array, by name; and the name of that array in the launch."""
+    weight, bias, row = (on_gpu(np.empty(shape, np.float32)) for shape in ((24, 4), 24, 64))
+    D = on_gpu(np.empty(24, np.float16))
+    yield "convolution", lambda x: causal_conv1d(x, weight, bias), "x", (2, 24, 64)
+    yield "norm", lambda x: rms_norm_fwd(x, row), "x", (2, 24, 64)
+    yield "constants", lambda x: scan_constants(x, D, D, np.dtype(np.float32)), "A_log", (24, 16)
+
+
+def test_operations_of_a_layer_are_planned_once_and_take_the_arrays_that_come(launched, monkeypatch):
+    for name, call, place, shape in operations_of_a_layer():
+        launched.clear()
+        first, second = (on_gpu(np.empty(shape, np.float32)) for _ in range(2))
+        call(first)
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "get", None)
+            y = call(second)
+        y = y[0] if isinstance(y, tuple) else y
+        assert launched[0][:-1] == launched[1][:-1] and launched[1][-1][place] is second, name
+        at = launched[1][-1].get("A" if name == "constants" else "y")
+        assert at is y or at == y.data.ptr, name
 
 
 @pytest.mark.parametrize("together", [0, plans.TOGETHER])

@@ -6,7 +6,7 @@ after "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (Gu & D
 first step comes from the initial state. NumPy arrays run `mambacupy.reference.conv`; CuPy arrays cuda_src/causal_conv1d*.cu.
 """
 
-from mambacupy import checks_conv
+from mambacupy import checks_conv, kernels
 from mambacupy.ops import conv_kernels
 from mambacupy.reference import conv as reference
 from mambacupy.reference.conv import CausalConv1dGrads, CausalConv1dSaved
@@ -69,7 +69,7 @@ def causal_conv1d(
             x, weight, bias, activation=activation, initial_state=initial_state, reverse=reverse
         )
     else:
-        with x.device:
+        with kernels.device_of(x):
             y, final_state = conv_kernels.forward(args, return_final_state)
     return (y, final_state) if return_final_state else y
 
@@ -91,7 +91,7 @@ def causal_conv1d_fwd(x, weight, bias=None, *, activation=None, initial_state=No
         return reference.causal_conv1d_fwd(
             x, weight, bias, activation=activation, initial_state=initial_state, reverse=reverse
         )  # fmt: skip
-    with x.device:
+    with kernels.device_of(x):
         y, final_state = conv_kernels.forward(args, True)
     return y, final_state, CausalConv1dSaved(x, weight, bias, initial_state, activation, reverse)
 
@@ -129,7 +129,7 @@ def causal_conv1d_bwd(dy, saved, dfinal_state=None):
     args = checks_conv.causal_conv1d_bwd("causal_conv1d_bwd", saved, dy, dfinal_state)
     if args.xp.__name__ == "numpy":
         return reference.causal_conv1d_bwd(dy, saved, dfinal_state)
-    with args.x.device:
+    with kernels.device_of(args.x):
         return conv_kernels.backward(args, dy, dfinal_state)
 
 
@@ -159,5 +159,5 @@ def causal_conv1d_update(state, x, weight, bias=None, *, activation=None):
     xp, width = checks_conv.causal_conv1d_update("causal_conv1d_update", state, x, weight, bias, activation)
     if xp.__name__ == "numpy":
         return reference.causal_conv1d_update(state, x, weight, bias, activation=activation)
-    with x.device:
+    with kernels.device_of(x):
         return conv_kernels.update(xp, state, x, weight, bias, activation == "silu", width)

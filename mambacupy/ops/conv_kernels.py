@@ -1,12 +1,17 @@
 """The causal convolution on a GPU: from checked CuPy arrays to launches of the kernels in cuda_src/causal_conv1d*.cu."""
 
+from typing import Any, NamedTuple
+
 from mambacupy import arrays, kernels
 from mambacupy.ops import plans
 from mambacupy.ops.mapping import power_of_two
 from mambacupy.reference.conv import CausalConv1dGrads
 
 THREADS = 128
-"""Threads of a block, as the kernels have them."""
+"""Threads of a block of wide filters, and of one step."""
+
+THREADS_OF = {("forward", 1): 64, ("forward", 2): 128, ("backward", 1): 128, ("backward", 2): 64}
+"""Threads of a block by direction and contiguous axis: what measured best over shapes."""
 
 WIDEST = 8
 """The widest filter that is kept in registers. Wider ones run plain loops over memory."""
@@ -19,11 +24,9 @@ EARLY = 2
 """Chunks of time before their loads, backward, lines are asked into L2, where blocks take turns on the multiprocessors. Where
 all run at once it is slower."""
 
-MOST_STEPS = {"forward": 128, "backward": 256}
-"""Steps that a thread walks where channels are contiguous, at most. Each part reads width - 1 steps of its neighbours again."""
-
-LEAST_STEPS, BLOCKS = 16, 4
-"""The least such steps; blocks on each multiprocessor at a time, for the common filters."""
+LEAST_STEPS, MOST_STEPS, BLOCKS = 16, 256, 4
+"""Where channels are contiguous: steps of a part, forward always the least. Backward, where a part walks width - 1 steps more,
+the most, and blocks on each multiprocessor at a time, for the common filters."""
 
 KEPT_BYTES = 64
 """Size of the filters of a thread's channels where channels are contiguous. As much again goes into each window; more would
@@ -52,18 +55,18 @@ def _weight_vector(args, vector):
     return count
 
 
-def _steps(length, blocks, at_a_time, most):
+def _steps(length, blocks, at_a_time):
     """Steps of a part, of which there are so many that the GPU is filled a whole number of times, or just not; `blocks` of a
     part, and of those that run at a time."""
-    turns = -(-blocks * -(-length // most) // at_a_time)
+    turns = -(-blocks * -(-length // MOST_STEPS) // at_a_time)
     splits = max(1, turns * at_a_time // blocks)
-    return min(most, max(LEAST_STEPS, -(-length // splits // 8) * 8))
+    return min(MOST_STEPS, max(LEAST_STEPS, -(-length // splits // 8) * 8))
 
 
 def _layout(args, axis, direction, tensors):
     """Constants, numbers and blocks of a launch: which steps and channels a thread has."""
     vector = plans.widest_access(axis, tensors)
-    multiprocessors, early = kernels.device().multiprocessors, 0
+    of_block, multiprocessors, early = THREADS_OF[direction, axis], kernels.device().multiprocessors, 0
     if axis == 2:
         lanes = min(32, power_of_two(-(-args.length // vector)))
         splits = -(-args.length // (CHUNKS * lanes * vector))
@@ -78,13 +81,16 @@ def _layout(args, axis, direction, tensors):
         while vector > 1 and vector * args.width * real_bytes > KEPT_BYTES:
             vector //= 2
         lanes, threads = 1, args.batch * (args.dim // vector)
-        steps = _steps(args.length, -(-threads // THREADS), BLOCKS * multiprocessors, MOST_STEPS[direction])
+        steps = LEAST_STEPS
+        if direction == "backward":
+            steps = _steps(args.length, -(-threads // of_block), BLOCKS * multiprocessors)
         weight_vector = _weight_vector(args, vector)
     splits = -(-args.length // steps)
     constants = {
         "X_T": kernels.C_TYPES[args.x.dtype.name],
         "W_T": kernels.C_TYPES[args.weight.dtype.name],
         "WIDTH": args.width,
+        "THREADS": of_block,
         "SILU": int(args.silu),
         "REVERSE": int(args.reverse),
         "TIME_CONTIGUOUS": int(axis == 2),
@@ -95,7 +101,7 @@ def _layout(args, axis, direction, tensors):
     if direction == "backward":
         constants["EARLY"] = early
     numbers = {"batch": args.batch, "dim": args.dim, "length": args.length, "steps": steps, "splits": splits}
-    return constants, numbers, -(-threads * splits // THREADS)
+    return constants, numbers, -(-threads * splits // of_block)
 
 
 def _parameters(args):
@@ -117,20 +123,46 @@ def _rows(axis, fresh, **tensors):
     return numbers
 
 
+_OTHERS = ("weight", "bias", "initial_state")
+"""Arguments that are not of x's shape."""
+
+
 def _whole(args):
     """The arguments with every stride a whole number of elements."""
-    changed = {name: plans.whole(getattr(args, name)) for name in ("weight", "bias", "initial_state")}
-    return args._replace(**changed)
+    return args._replace(**{name: plans.whole(getattr(args, name)) for name in _OTHERS})
 
 
-def _plan_forward(args):
+class _Forward(NamedTuple):
+    """All of a convolution but its arrays."""
+
+    axis: int  # of x that is contiguous in memory
+    copied: bool  # x, into that order
+    split: bool  # whether elements of other arrays lie across boundaries
+    fresh: list  # what a call allocates
+    launch: Any
+
+
+_FORWARD = ("x", "weight", "bias", "initial_state", "y", "final_state")
+_ORDER = {name: 1 + place for place, name in enumerate(_FORWARD)}
+"""Where what stands among the addresses of a forward launch: null, then arrays."""
+
+
+def _plan_forward(args, wants_final_state):
     axis = _axis(args.x)
     copied = not plans.is_native(args.x, axis)
-    x = plans.in_order(args.x, axis) if copied else args.x
-    constants, numbers, blocks = _layout(args, axis, "forward", [x])
-    numbers |= _rows(axis, "y", x=x) | _parameters(args)
-    launch = kernels.get("causal_conv1d.cu", "causal_conv1d", constants).prepare(blocks, THREADS, numbers)
-    return axis, copied, launch
+    x, whole = plans.in_order(args.x, axis) if copied else args.x, _whole(args)
+    constants, numbers, blocks = _layout(whole, axis, "forward", [x])
+    numbers |= _rows(axis, "y", x=x) | _parameters(whole)
+    kernel = kernels.get("causal_conv1d.cu", "causal_conv1d", constants)
+    fresh = plans.fresh({"y": (x.shape, x.dtype, plans.fresh_strides(x, axis))})
+    if wants_final_state:  # by itself: the caller keeps it for longer
+        fresh += plans.fresh({"final_state": (_state_shape(args), x.dtype, None)})
+    split = any(getattr(args, name) is not getattr(whole, name) for name in _OTHERS)
+    return _Forward(axis, copied, split, fresh, kernel.prepare(blocks, constants["THREADS"], numbers, order=_ORDER))
+
+
+def _state_shape(args):
+    return args.batch, args.dim, args.width - 1
 
 
 def forward(args, wants_final_state):
@@ -146,21 +178,17 @@ def forward(args, wants_final_state):
     y, final_state : array
         final_state is None where it is not wanted.
     """
-    xp, args = args.xp, _whole(args)
-    final_state = xp.empty((args.batch, args.dim, args.width - 1), args.x.dtype) if wants_final_state else None
     if args.x.size == 0 or args.width > WIDEST:
-        if wants_final_state:
-            _fill_final_state(args, final_state)
-        return _wide_forward(args), final_state
-    axis, copied, launch = _planned(_plan_forward, args)
-    x = plans.in_order(args.x, axis) if copied else args.x
-    y = plans.empty(xp, x.shape, x.dtype, axis)
-    launch(
-        {
-            "x": x, "weight": args.weight, "bias": args.bias, "initial_state": args.initial_state,
-            "y": y, "final_state": final_state,
-        }
-    )  # fmt: skip
+        return _wide_forward(_whole(args), wants_final_state)
+    tensors = (args.x, args.weight, args.bias, args.initial_state)
+    options = args.silu, args.reverse, wants_final_state
+    plan = plans.planned(_plan_forward, (args, wants_final_state), tensors, options)
+    if plan.split:
+        args = _whole(args)
+    x = plans.in_order(args.x, plan.axis) if plan.copied else args.x
+    made, fresh, _ = plans.allocate(args.xp, plan.fresh)
+    y, final_state = made if wants_final_state else (*made, None)
+    plan.launch([0, *kernels.addresses((x, args.weight, args.bias, args.initial_state)), *fresh, 0])
     return y, final_state
 
 
@@ -183,7 +211,7 @@ def _plan_backward(args, dy, dfinal_state):
     constants["DY_T"] = kernels.C_TYPES[dy.dtype.name]
     numbers |= _rows(axis, "dx", **tensors) | _parameters(args)
     numbers |= plans.strides(dfinal_state, dfinal_batch=0, dfinal_dim=1, dfinal_tap=2)
-    launch = kernels.get("causal_conv1d_bwd.cu", "causal_conv1d_bwd", constants).prepare(blocks, THREADS, numbers)
+    launch = kernels.get("causal_conv1d_bwd.cu", "causal_conv1d_bwd", constants).prepare(blocks, constants["THREADS"], numbers)
     count = args.batch * numbers["splits"]
     return axis, copied, count, launch, _sum(args, count)
 
@@ -212,8 +240,7 @@ def backward(args, dy, dfinal_state):
     CausalConv1dGrads
     """
     xp, args, dfinal_state = args.xp, _whole(args), plans.whole(dfinal_state)
-    shape = (args.batch, args.dim, args.width - 1)
-    dinitial_state = None if args.initial_state is None else xp.empty(shape, args.x.dtype)
+    dinitial_state = None if args.initial_state is None else xp.empty(_state_shape(args), args.x.dtype)
     if args.x.size == 0:
         if dinitial_state is not None:
             dinitial_state[...] = 0 if dfinal_state is None else dfinal_state
@@ -274,14 +301,18 @@ def _wide(args, x, dy=None, dfinal_state=None):
 _NONE = dict.fromkeys(("dy", "dfinal_state", "y", "dx", "dinitial_state", "dp", "parts"))
 
 
-def _wide_forward(args):
+def _wide_forward(args, wants_final_state):
     xp, x = args.xp, plans.whole(args.x)
+    final_state = None
+    if wants_final_state:
+        final_state = xp.empty(_state_shape(args), x.dtype)
+        _fill_final_state(args, final_state)
     axis, _, prepare = _wide(args, x)
     y = plans.empty(xp, x.shape, x.dtype, axis)
     if x.size:
         given = {"x": x, "weight": args.weight, "bias": args.bias, "initial_state": args.initial_state, "y": y}
         prepare("causal_conv1d_wide", x.size)(_NONE | given)
-    return y
+    return y, final_state
 
 
 def _wide_backward(args, dy, dfinal_state, given):

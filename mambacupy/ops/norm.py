@@ -188,36 +188,45 @@ def _forward(args, eps, layer):
     """y, the sum, and mean (None without `layer`) and rstd of each row."""
     xp, x, weight, bias, residual, total_dtype = args
     real = arrays.compute_dtype(x.dtype)
-    y = xp.empty(x.shape, x.dtype)
-    total = x if residual is None and total_dtype == x.dtype else xp.empty(x.shape, total_dtype)
-    rstd = xp.empty(x.shape[:-1], real)
-    mean = xp.empty(x.shape[:-1], real) if layer else None
+    y = xp.ndarray(x.shape, x.dtype)
+    total = x if residual is None and total_dtype == x.dtype else xp.ndarray(x.shape, total_dtype)
+    rstd = xp.ndarray(x.shape[:-1], real)
+    mean = xp.ndarray(x.shape[:-1], real) if layer else None
     if x.size == 0:
         return y, total, mean, rstd
-    writes_total = total is not x
-    x, x_row = rows.as_rows(xp, x)
-    weight, bias = (rows.contiguous(xp, w) for w in (weight, bias))
-    residual_row = 0
-    if residual is not None:
-        residual, residual_row = rows.as_rows(xp, residual)
-    given = _UNUSED | {"x": x, "residual": residual, "weight": weight, "bias": bias, "y": y, "mean": mean, "rstd": rstd}
-    given["residual_out"] = total if writes_total else None
-    tensors = x, weight, bias, residual, y, given["residual_out"]
-    options = x_row, residual_row, eps, layer, total_dtype.num
-    plans.planned(_plan_forward, (*tensors, *options[:-1], total_dtype), tensors, options)(given)
+    given = x, residual, weight, bias
+    as_they_lie, launch = plans.planned(_plan_forward, (args, eps, layer), given, (eps, layer, total_dtype.num))
+    if not as_they_lie:
+        given = _in_rows(xp, *given)
+    launch(kernels.addresses((None, *given, y, None if total is x else total, mean, rstd)))
     return y, total, mean, rstd
 
 
-_UNUSED = dict.fromkeys(("dy", "dresidual_out", "dx", "dresidual", "dweight_parts", "dbias_parts"))
+_FORWARD = ("x", "residual", "weight", "bias", "y", "residual_out", "mean", "rstd")
+_UNUSED = dict.fromkeys(("dy", "dresidual_out", "dx", "dresidual", "dweight_parts", "dbias_parts"), 0)
+_ORDER = _UNUSED | {name: 1 + place for place, name in enumerate(_FORWARD)}
+"""Where what stands among the addresses of a forward launch: null, then arrays."""
 
 
-def _plan_forward(x, weight, bias, residual, y, total, x_row, residual_row, eps, layer, total_dtype):
-    """The launch; total is None where it is not written."""
+def _in_rows(xp, x, residual, weight, bias):
+    """The arrays as kernels read them: themselves, or copies."""
+    x, residual = (None if r is None else rows.as_rows(xp, r)[0] for r in (x, residual))
+    return x, residual, rows.contiguous(xp, weight), rows.contiguous(xp, bias)
+
+
+def _plan_forward(args, eps, layer):
+    """Whether kernels can read the arrays as they lie, and the launch."""
+    xp, x, weight, bias, residual, total_dtype = args
+    given = x, residual, weight, bias
+    x, residual, weight, bias = lying = _in_rows(xp, *given)
+    as_they_lie = all(one is other for one, other in zip(given, lying, strict=True))
     real, dim = arrays.compute_dtype(x.dtype), x.shape[-1]
-    tensors = [(x, x_row), (weight,), (y,), *((t,) for t in (bias, total) if t is not None)]
+    x_row, residual_row = (0 if r is None else rows.row_stride(r) for r in (x, residual))
+    tensors = [(x, x_row), (weight,), *((t,) for t in (bias,) if t is not None)]
     if residual is not None:
         tensors.append((residual, residual_row))
-    widest = max(t.itemsize for t in (x, residual, total) if t is not None)
+    writes_total = residual is not None or total_dtype != x.dtype
+    widest = max(x.itemsize, residual.itemsize if residual is not None else 0, total_dtype.itemsize if writes_total else 0)
     vector = min(rows.widest_access(dim, *tensors), 16 // widest)
     layout = _forward_layout(dim, vector, 128 // real.itemsize)
     constants = layout | {"BACKWARD": 0, "LAYER": int(layer), "HAS_RESIDUAL": int(residual is not None)}
@@ -231,7 +240,8 @@ def _plan_forward(x, weight, bias, residual, y, total, x_row, residual_row, eps,
         "dtotal_row": 0, "rows_of_part": 0, "eps": struct.unpack("q", struct.pack("d", eps))[0],
     }  # fmt: skip
     blocks = -(-count // (layout["THREADS"] // layout["TEAM"]))
-    return plans.prepared("norm.cu", "norm_fwd", constants, blocks, layout["THREADS"], numbers)
+    kernel = kernels.get("norm.cu", "norm_fwd", constants)
+    return as_they_lie, kernel.prepare(blocks, layout["THREADS"], numbers, order=_ORDER)
 
 
 def _rows_of_part(count, layout):

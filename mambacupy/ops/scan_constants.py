@@ -35,14 +35,27 @@ def scan_constants(A_log, D, dt_bias, dtype):
         return _on_gpu(arrays.library_of("scan_constants", "A_log", A_log), A_log, D, dt_bias, dtype)
 
 
+_ARRAYS = ("A_log", "D", "dt_bias", "A", "real_D", "real_dt_bias")
+
+
 def _on_gpu(xp, A_log, D, dt_bias, dtype):
-    A = xp.empty(A_log.shape, dtype)
-    given = {name: rows.contiguous(xp, x) for name, x in (("A_log", A_log), ("D", D), ("dt_bias", dt_bias))}
-    made = {name: xp.empty(x.shape, dtype) for name, x in (("D", D), ("dt_bias", dt_bias)) if x.dtype != dtype}
+    given = A_log, D, dt_bias
+    contiguous, launch = plans.planned(_plan, (given, dtype), given, (dtype,))
+    if not contiguous:
+        given = [rows.contiguous(xp, x) for x in given]
+    A = xp.ndarray(A_log.shape, dtype)
+    real_D, real_dt_bias = (None if x.dtype == dtype else xp.ndarray(x.shape, dtype) for x in (D, dt_bias))
+    launch(kernels.addresses((*given, A, real_D, real_dt_bias)))
+    return A, D if real_D is None else real_D, dt_bias if real_dt_bias is None else real_dt_bias
+
+
+def _plan(given, dtype):
+    """Whether kernels can read the arrays as they lie, and the launch."""
+    A_log, D, dt_bias = given
     types = {"A_T": A_log.dtype, "D_T": D.dtype, "BIAS_T": dt_bias.dtype, "REAL": dtype}
     constants = {name: kernels.C_TYPES[kind.name] for name, kind in types.items()}
-    numbers, blocks = {"count": A.size, "dim": D.size}, -(-max(A.size, D.size) // THREADS)
-    if blocks:
-        launch = plans.prepared("scan_constants.cu", "scan_constants", constants, blocks, THREADS, numbers)
-        launch(given | {"A": A, "real_D": made.get("D"), "real_dt_bias": made.get("dt_bias")})
-    return A, made.get("D", D), made.get("dt_bias", dt_bias)
+    kernel = kernels.get("scan_constants.cu", "scan_constants", constants)
+    numbers, blocks = {"count": A_log.size, "dim": D.size}, -(-max(A_log.size, D.size) // THREADS)
+    order = {name: place for place, name in enumerate(_ARRAYS)}
+    contiguous = all(x.flags.c_contiguous and plans.is_whole(x) for x in given)
+    return contiguous, kernel.prepare(blocks, THREADS, numbers, order=order)
