@@ -4,13 +4,14 @@
 //
 // Idea: the states are read and written once, 16 bytes at a time; everything is asked for before anything is used. LANES lanes
 // share a channel of ENTRIES sequences, which share A and W: each has VECTOR neighbouring states in turn, and every LANES-th pack
-// of W's row; both sums are added up among them in a fixed order. Step size, u and gate of a sequence are found by one lane, the
-// step size and u for all. The arithmetic is that of selective_state_update.cu, and step sizes are rounded as there.
+// of W's row; both sums are added up among them in a fixed order. Those are just the packs that tensor cores take of 8 channels:
+// with TENSOR they multiply W, and lane 4·g + t reads the `low` of sequence g alone. Step size, u and gate of a sequence are found
+// by one lane, the step size and u for all. The arithmetic is that of selective_state_update.cu, and step sizes are rounded as there.
 //
 // Blocks beyond `blocks` fetch ahead what a later kernel reads.
 //
 // Compile-time, besides decode.cuh's: RANK and RANK_VECTOR, which divides it; DSTATE and VECTOR, likewise; LANES; ENTRIES, LANES
-// at most.
+// at most; TENSOR, with LANES 4, packs of 16 bytes, and `dim` a multiple of 8, so that a warp's channels share their sequences.
 #include "decode.cuh"
 
 constexpr int ITEMS = (DSTATE + LANES * VECTOR - 1) / (LANES * VECTOR), PACKS = RANK / RANK_VECTOR;
@@ -77,6 +78,23 @@ extern "C" __global__ void __launch_bounds__(THREADS) selective_step(const Param
             C[e][i] = load_pack<element, VECTOR>(p.C + (first_b + e) * p.C_row + first_n + i * NEXT, exists(e) ? states(i) : 0);
         }
     }
+#if TENSOR
+    float products[4] = {};                                            // of sequence g and channels 2t and 2t + 1 of the warp's
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll(EARLY ? TURNS : 1)
+    for (int turn = 0; turn < TURNS; ++turn) {
+        const auto now = EARLY ? w[EARLY ? turn : 0] : load_weight(turn);
+        const int i = turn * LANES + lane, valid = g < ENTRIES && exists(g) && i < PACKS ? RANK_VECTOR : 0;
+        const auto low = load_pack<element, RANK_VECTOR>(p.low + (first_b + g) * p.low_row + i * RANK_VECTOR, valid);
+#pragma unroll
+        for (int half = 0; half < 4; half += 2) {
+            const unsigned a[4] = {low.bits.word[half], 0, low.bits.word[half + 1], 0};
+            multiply_tiles(products, a, now.bits.word[half], now.bits.word[half + 1], element());
+        }
+    }
+    const float even = __shfl_sync(~0u, products[0], 4 * mine + g / 2), odd = __shfl_sync(~0u, products[1], 4 * mine + g / 2);
+    const float product = g % 2 ? odd : even;
+#else
     float products[ENTRIES] = {};
 #pragma unroll(EARLY ? TURNS : 1)
     for (int turn = 0; turn < TURNS; ++turn) {
@@ -90,6 +108,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) selective_step(const Param
             for (int j = 0; j < RANK_VECTOR; ++j) products[e] += to_real(now.get(j)) * to_real(low.get(j));
         }
     }
+#endif
     auto sum_over_lanes = [&](float (&sums)[ENTRIES]) {                // that of `mine`
         float sum_of_mine = 0;
 #pragma unroll
@@ -100,7 +119,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) selective_step(const Param
         }
         return sum_of_mine;
     };
-    const float step = softplus(to_real(rounded(sum_over_lanes(products))) + dt_bias);
+#if !TENSOR
+    const float product = sum_over_lanes(products);
+#endif
+    const float step = softplus(to_real(rounded(product)) + dt_bias);
 
     float sums[ENTRIES] = {};
 #pragma unroll

@@ -27,6 +27,9 @@ LEAST_MULTIPLIED = 17, 3 * 2**26
 """Sequences, and bytes of in_proj times sequences, from which on large maps are products of matrices by the library. Below, its
 launches, which wait for each other, take longer than what it saves."""
 
+LEAST_TOGETHER = 17, 32
+"""Sequences from which a thread has the states of four: where that leaves two blocks for each multiprocessor, and anywhere."""
+
 PARTS = 4
 """Of out_proj's columns, where it is a product: multiplied by themselves, because so few sequences make few tiles of it."""
 
@@ -296,8 +299,10 @@ class DecodeStep:
         vector = min(_widest(4, x, c.d_state) for x in states)
         vector = min(vector, *(_widest(vector, given[name], rows[name]) for name in "BC"))
         lanes = min(32, power_of_two(-(-c.d_state // vector)))
-        entries = min(4, lanes) if self.batch >= 32 else 1
+        entries, blocks = self._entries(lanes)
         widest = _widest(16 // self.dtype.itemsize, weights["dt_proj"], c.rank, given["dt"], rows["dt"])
+        # Four lanes that take 16 bytes of a row at a time have what tensor cores take of it, of a warp's 8 channels.
+        tensor = self.tensor and entries > 1 and lanes == 4 and widest == 8 and c.d_inner % 8 == 0
         constants = {
             "RANK": c.rank,
             "RANK_VECTOR": widest,
@@ -305,15 +310,24 @@ class DecodeStep:
             "VECTOR": vector,
             "LANES": lanes,
             "ENTRIES": entries,
+            "TENSOR": int(tensor),
         }
         numbers = {"dim": c.d_inner, "low_row": rows["dt"], "B_row": rows["B"], "C_row": rows["C"], "z_row": c.d_inner}
-        blocks = -(-(-(-self.batch // entries) * c.d_inner * lanes) // THREADS)
         tensors = {"state": state.ssm, "A": weights["A"], "D": weights["D"], "dt_bias": weights["dt_bias"]}
         tensors |= {"dt_weight": weights["dt_proj"], "low": given["dt"], "B": given["B"], "C": given["C"]}
         tensors |= {"u": b["u"], "z": b["z"], "y": b["y"], "ahead": after}
         if self.workspace is not None and weights["in_proj.bias"] is None:
             tensors["z"], numbers["z_row"] = b["xz"].reshape(-1)[c.d_inner :], 2 * c.d_inner
         self._add("selective_step.cu", "selective_step", constants, blocks, numbers, tensors, after)
+
+    def _entries(self, lanes):
+        """Sequences whose states a thread has, and blocks."""
+        few, many = LEAST_TOGETHER
+        for entries in (min(4, lanes), 1):
+            blocks = -(-(-(-self.batch // entries) * self.config.d_inner * lanes) // THREADS)
+            if self.batch >= many or (self.batch >= few and blocks >= 2 * self.multiprocessors):
+                break
+        return entries, blocks
 
     # ------------------------------------------------------------------------------------------------ a launch
     def _add(self, file, name, constants, blocks, numbers, given, ahead=None, threads=THREADS):

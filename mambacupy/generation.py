@@ -244,21 +244,31 @@ class _Steps:
         """Start to copy tokens to the host; what is returned waits for them."""
         if not self.ahead:
             return lambda: tokens
-        import cupyx
-
         if not self.slots:
-            self.slots = [cupyx.empty_pinned(tokens.shape, np.int64) for _ in range(2)]
+            self.slots = [_Slot(self.xp, tokens.shape) for _ in range(2)]
         slot = self.slots[0]
         self.slots.reverse()
         stream = self.xp.cuda.get_current_stream()
-        tokens.get(stream=stream, out=slot, blocking=False)
+        # A kernel writes into the host's memory: a copy is another unit's work, for which the GPU stands still twice.
+        self.xp.positive(tokens, out=slot.on_device)
         copied = stream.record()
 
         def arrived():
             copied.synchronize()
-            return slot.copy()
+            return slot.on_host.copy()
 
         return arrived
+
+
+class _Slot:
+    """Tokens in memory of the host that the GPU can write to."""
+
+    def __init__(self, xp, shape):
+        import cupyx
+
+        self.on_host = cupyx.empty_pinned(shape, np.int64)
+        memory = xp.cuda.UnownedMemory(self.on_host.ctypes.data, self.on_host.nbytes, self.on_host)
+        self.on_device = xp.ndarray(shape, np.int64, xp.cuda.MemoryPointer(memory, 0))
 
 
 class _Picks:

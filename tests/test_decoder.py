@@ -92,6 +92,7 @@ EMULATED = {
     "rows-in-turn": ("float32", 2, {"n_layer": 1, "vocab_size": 700}, True),
     "rows-in-turn-tensor-cores": ("float16", 2, {"n_layer": 1, "vocab_size": 700, "bias": True}, True),
     "four-sequences-a-thread": ("float32", 34, {"n_layer": 1}, True),
+    "four-sequences-a-thread-tensor-cores": ("float16", 34, {"n_layer": 1, "d_model": 32, "vocab_size": 20}, True),
 }
 
 

@@ -69,10 +69,17 @@ def instantiations():
     with pytest.MonkeyPatch.context() as patch:
         kinds = {"float32": {}, "bfloat16": {"dtype": "bfloat16"}, "complex": {"complex": True}}
         parts = {f"parts of time, {kind}": {"length": 520} | changes for kind, changes in kinds.items()}
+        alone = {
+            f"alone on a multiprocessor, {dtype}, {order}": {"batch": 1, "dim": dim, "dtype": dtype, "order": order}
+            for dtype, dim in (("float32", 4096), ("bfloat16", 5120))
+            for order in ("length", "channel")
+        }
+        alone["alone on a multiprocessor, odd length"] = {"batch": 1, "dim": 5120, "length": 129, "dtype": "bfloat16"}
         for rows, device, suffix in (
             (cases.ROWS, DEVICES["90"]._replace(multiprocessors=1), ""),
             ({row: cases.ROWS[row] for row in cases.FEW_CHANNELS}, DEVICES["90"], ", few channels"),
             (parts, DEVICES["90"], ""),
+            (alone, DEVICES["90"], ""),
             ({row: changes | {"length": 2100} for row, changes in parts.items()}, SMALL, ", apart"),
             (parts, DEVICES["90"]._replace(overlaps=True), ", overlapping"),
         ):

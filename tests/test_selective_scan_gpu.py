@@ -71,6 +71,17 @@ def test_parts_of_time(cp, changes):
     assert scans.wrong_results((y, last_state, saved.states), arguments, options, cases.BASE | changes) == {}
 
 
+@pytest.mark.parametrize("order", ["length", "channel"])
+@pytest.mark.parametrize(("dtype", "length"), [("float32", 136), ("bfloat16", 136), ("bfloat16", 135)])
+@pytest.mark.parametrize("dim", [3100, 4100, 5200, 8200])
+def test_a_block_for_each_multiprocessor(cp, dim, dtype, length, order):
+    """Channels that just fill the GPU with one block each, whatever its size: no parts of time, and several lanes a channel."""
+    changes = {"batch": 1, "dim": dim, "length": length, "dtype": dtype, "order": order, "state": 16}
+    arguments, options = cases.make(**changes)
+    y, last_state, saved = selective_scan_fwd(**on_gpu(arguments), **options)
+    assert scans.wrong_results((y, last_state, saved.states), arguments, options, cases.BASE | changes) == {}
+
+
 def test_a_long_sequence(cp):
     arguments, options = cases.make(batch=1, dim=3, length=1_000_003, state=4, dtype="float64")
     wanted, last = reference.selective_scan(**arguments, **options, return_last_state=True)

@@ -34,8 +34,19 @@ MOST_TURNS_OF_A_RELAY = 4
 COST_OF_HALF_A_BLOCK = 1.08
 """Time for a channel in a block of half the size, relative to a full one: fewer channels share a load of B and C."""
 
-COST_OF_A_LONE_BLOCK = 1.05
-"""The same for a block of any size that has a multiprocessor for itself."""
+COST_OF_A_LONE_BLOCK, COST_OF_MORE_WARPS = 1.05, 0.95
+"""The same for a block of any size that has a multiprocessor for itself; and with twice the warps."""
+
+MOST_LANES_DOUBLED = 160
+"""Lanes of a lone block, two a channel, up to which it has twice as many, with half the states: these still have 96 registers
+each, and four schedulers share them more evenly."""
+
+LEAST_OF_A_LONE_BLOCK = 60
+"""Such lanes that take no longer than fewer would: each step waits for the one before."""
+
+COST_OF_PARTS = 1.25
+"""Time for a channel where time is cut into parts, relative to one launch without: they run their recurrence twice, as far as
+states remember."""
 
 
 class Mapping(NamedTuple):
@@ -137,9 +148,11 @@ def _forward_of(args, state, device, relay):
     add up across lanes. Parts of time cost their recurrence twice, so they come only where they fill a GPU that is mostly idle;
     lanes cost sums across them, and come where there are still too few warps. Where there are more than enough and B and C are
     long, a lane serves two channels with what it reads of them. float64 gets twice the registers a thread.
+
+    Where blocks that have a multiprocessor each can have all channels, and are faster, they do: no parts, and twice the warps.
     """
     slots = min(4 if args.complex else 8, power_of_two(state))
-    lanes = power_of_two(-(-state // slots))
+    fewest = lanes = power_of_two(-(-state // slots))
     lanes_wanted, lanes_given = 32 * ENOUGH_WARPS * device.multiprocessors, args.batch * args.dim * lanes
     wanted = lanes_wanted // lanes_given if lanes_given * 3 <= lanes_wanted else 1
     splits = _parts_of_time(args, wanted, CHUNKS_OF_A_PART)
@@ -147,24 +160,30 @@ def _forward_of(args, state, device, relay):
         splits = _parts_of_time(args, min(wanted, MOST_PARTS_IN_A_RELAY), 1)
         if splits * slots > MOST_STATES_CHAINED and 2 * lanes_given * splits > lanes_wanted:
             splits = _parts_of_time(args, min(wanted, MOST_PARTS_IN_A_RELAY), 2)
+    real_bytes, state_bytes = _bytes(args)
+    may_be_lone = not relay and lanes <= 2 and slots > 1 and state_bytes == 4
     while slots > 1 and lanes < 32 and 2 * args.batch * args.dim * lanes * splits <= lanes_wanted:
         slots, lanes = slots // 2, lanes * 2
-    real_bytes, state_bytes = _bytes(args)
     channels = 2 if lanes >= 4 and state_bytes == 4 and not args.zoh and lanes_given >= 2 * lanes_wanted else 1
     work = {size: _most_work(args, splits, size, size // lanes * channels, 128, device) for size in (128, 64)}
     threads = min(work, key=work.get)
     room, blocks_per_sm = _shared_bytes_for_two(device), (256 if real_bytes == 4 else 128) // threads
-    lone = math.inf if relay or lanes > 2 or slots == 1 or state_bytes > 4 else _lone_block(args, splits, lanes, device)
-    if lone * COST_OF_A_LONE_BLOCK < work[threads]:
-        threads, room, blocks_per_sm = lone, device.shared_bytes, 1
-        if lone <= 160:  # twice the warps, of 96 registers a thread: four schedulers share them more evenly
-            lanes, slots, threads = 2 * lanes, slots // 2, 2 * lone
+    lone = _lone_block(args, fewest, device) if may_be_lone else math.inf
+    doubled = lone <= MOST_LANES_DOUBLED
+    cost = max(lone * (COST_OF_MORE_WARPS if doubled else COST_OF_A_LONE_BLOCK), LEAST_OF_A_LONE_BLOCK)
+    if cost < work[threads] * fewest / lanes / splits * (COST_OF_PARTS if splits > 1 else 1):
+        # The elements of float32 are twice the accesses: of few channels they need the warps that come with more lanes.
+        more = 4 if lone <= 64 and args.u.itemsize == 4 else 2 if doubled else 1
+        lanes, slots, threads = more * fewest, min(8, power_of_two(state)) // more, more * lone
+        room, blocks_per_sm, splits = device.shared_bytes, 1, 1
     block_channels = threads // lanes * channels
     for tile in (64, 32, 16, 8, 4, 2, 1):
         shared_bytes = _forward_shared_bytes(args, lanes, slots, tile, block_channels, 2)
         in_registers = tile * block_channels // threads * args.u.itemsize  # bytes of each tensor that a thread holds
-        # So many threads have few registers each, but little in them: tiles are longer, and fewer.
-        most_in_registers = 64 if tile < 64 else 32 if threads > 256 else 0
+        # With several lanes a channel, a lone block's threads have little in their registers: tiles are longer, and fewer. But
+        # teams of five warps have no more registers than those of six, and spill where rows are not aligned.
+        has_long_tiles = threads > 256 or (blocks_per_sm == 1 and lanes > 2 and threads != 160)
+        most_in_registers = 64 if tile < 64 else 32 if has_long_tiles else 0
         if in_registers <= most_in_registers and shared_bytes <= room:
             break
     mapping = Mapping(lanes, slots, channels, tile, threads, 2, blocks_per_sm, splits, shared_bytes)
@@ -176,10 +195,11 @@ def _forward_of(args, state, device, relay):
     return mapping._replace(shared_bytes=shared_bytes, buffers=buffers, relay=True)
 
 
-def _lone_block(args, splits, lanes, device):
+def _lone_block(args, lanes, device):
     """Lanes of a block of which every multiprocessor gets one at most, and about the same; infinitely many if there is none."""
-    sizes = (96, 160, 192)  # channels are a multiple of 16, for the sake of `column` in tile.cuh
-    fitting = (size for size in sizes if args.batch * splits * -(-args.dim // (size // lanes)) <= device.multiprocessors)
+    # Channels are a multiple of 8, for the sake of `column` in tile.cuh. With 128 lanes float32 would spill.
+    sizes = (48, 64, 80, *((128,) if args.u.itemsize == 2 else ()), 160, 192) if lanes == 2 else (96, 160, 192)
+    fitting = (size for size in sizes if args.batch * -(-args.dim // (size // lanes)) <= device.multiprocessors)
     return next(fitting, math.inf)
 
 
