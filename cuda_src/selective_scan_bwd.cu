@@ -38,8 +38,7 @@ constexpr int SUM_BUFFERS = COLUMNS <= 64 ? 2 : 1;                     // with o
 constexpr int B_LOADS = coefficient_loads<B_VECTOR>(), C_LOADS = coefficient_loads<C_VECTOR>();
 constexpr bool COEFFICIENTS_AHEAD = B_LOADS <= 8 && C_LOADS <= 8;      // few enough to wait in registers
 constexpr bool READ_AHEAD = sizeof(real) == 4;                          // double fills the registers as it is
-constexpr int ITEM_LANES = TIME_CONTIGUOUS ? TILE / VECTOR : BLOCK_CHANNELS / VECTOR;          // whose items lie in one row in memory
-constexpr int TIME_PARTS = TIME_CONTIGUOUS ? (ITEM_LANES + 31) / 32 : THREADS / (ITEM_LANES < 32 ? 32 : ITEM_LANES);
+constexpr int TIME_PARTS = TIME_CONTIGUOUS ? (ROW_ITEMS + 31) / 32 : THREADS / (ROW_ITEMS < 32 ? 32 : ROW_ITEMS);
 static_assert(TILE == CHUNK, "a tile is a chunk");
 static_assert(BLOCK_CHANNELS <= THREADS, "a thread sums at most one channel over time");
 static_assert(CHANNELS == 1 || LANES > 1, "two channels are told apart by neighbouring lanes");
@@ -53,24 +52,20 @@ constexpr bool ENOUGH_REGISTERS = false;
 constexpr bool ENOUGH_REGISTERS = true;
 #endif
 constexpr bool STRADDLES = ENOUGH_REGISTERS && TIME_CONTIGUOUS && 4 * ACCESS <= VECTOR && sizeof(element) == 2 &&
-                           sizeof(DY_T) == 2 && ITEM_LANES <= 32 && ALL_ITEMS % THREADS == 0;
+                           sizeof(DY_T) == 2 && ROW_ITEMS <= 32 && ITEM_ROWS % VECTOR == 0 && ALL_ITEMS % THREADS == 0;
 
-constexpr int IN_FLIGHT = STRADDLES || ITEMS == 1 ? 1 : 2;             // items that are being loaded at any time
+// Items that are being loaded at any time.
+constexpr int IN_FLIGHT = STRADDLES || ITEMS == 1 || (!ENOUGH_REGISTERS && ACCESS < VECTOR) ? 1 : 2;
 
 template <typename T>
 struct Loaded {                                                        // an item that is on its way
     Pack<T, VECTOR> first, last;                                       // the packs it lies in; all of it in `last` where it lies in one
 
-    // is_inner: the row goes on beyond the tile, both ways. Returns how many of its elements `first` holds.
-    DEVICE int load(const T* at, int valid, bool is_inner) {
-        if (!STRADDLES || !is_inner) {
-            last = load_by<ACCESS, T, VECTOR>(at, valid);
-            return 0;
-        }
-        const int count = before_boundary<VECTOR>(at);
-        first = load_whole<T, VECTOR>(at + count - VECTOR, count > 0 && valid > 0);
-        last = load_whole<T, VECTOR>(at + count, valid > 0);
-        return count;
+    DEVICE void load(const T* at, int valid) { last = load_by<ACCESS, T, VECTOR>(at, valid); }
+    // By aligned packs, of which `first` holds `count` of its elements, if only none.
+    DEVICE void load_both(const T* at, int count) {
+        first = load_whole<T, VECTOR>(at + count - VECTOR, true);
+        last = load_whole<T, VECTOR>(at + count, true);
     }
     DEVICE Pack<T, VECTOR> whole(int count) const {
         if constexpr (STRADDLES) return joined(first, last, count);
@@ -78,25 +73,46 @@ struct Loaded {                                                        // an ite
     }
 };
 
-// The other way, in a tile whose rows are whole, into memory that begins aligned: element `at` and those that follow. All lanes of a
-// warp take part.
-DEVICE void store_straddling(element* to, long long at, const Pack<element, VECTOR>& pack, bool exists) {
-    if constexpr (STRADDLES) {
-        const int place = threadIdx.x % ITEM_LANES, count = (int)(at & (VECTOR - 1));
-        Pack<element, VECTOR> before;                                  // the lane before this has it
+// How items go to memory by aligned packs, in a tile beyond whose ends its rows go on: each pack holds the last `early` elements of an
+// item and then the first of the next. All lanes of a warp take part.
+struct AlignedStore {
+    static constexpr int ROWS = 32 / (ROW_ITEMS < 32 ? ROW_ITEMS : 32), EDGES = VECTOR > ROW_ITEMS ? VECTOR / ROW_ITEMS : 1;
+    element* edges;                                                    // a warp's own: a pack for each row that its items are of,
+    int early;                                                         // ROWS for each of three tensors in turn
+
+    DEVICE static int place() { return threadIdx.x % ROW_ITEMS; }
+    DEVICE AlignedStore(void* own, int early)
+        : edges(static_cast<element*>(own) + threadIdx.x % 32 / ROW_ITEMS * VECTOR), early(early) {}
+
+    // `to`: the pack before whose element `early` the item begins.
+    DEVICE void store(element* to, Pack<element, VECTOR> x, int tensor) const {
+        Pack<element, VECTOR> before;                                  // the lane before this has it; before the first, the last
 #pragma unroll
-        for (int j = 0; j < (int)(sizeof(pack) / 4); ++j)
-            before.bits.word[j] = __shfl_sync(~0u, pack.bits.word[j], (place + ITEM_LANES - 1) % ITEM_LANES, ITEM_LANES);
-        store_whole(to + (at - count), joined(before, pack, count), exists && (place > 0 || count == 0));
-        // One by one what lies in packs with items of other tiles: the first VECTOR - count of a row, and the last count.
-        const int first = (1 << (VECTOR - count)) - 1, last = (1 << VECTOR) - 1 - first;
-        const int alone = !exists || count == 0 ? 0 : place == 0 ? first : place == ITEM_LANES - 1 ? last : 0;
+        for (int j = 0; j < (int)(sizeof(x) / 4); ++j)
+            before.bits.word[j] = __shfl_sync(~0u, x.bits.word[j], (place() + ROW_ITEMS - 1) % ROW_ITEMS, ROW_ITEMS);
+        x = joined(before, x, early);
+        store_whole(to, x, place() > 0 || early == 0);
+        // The first lane of a row has what lies in packs with items of other tiles: all lanes store it element by element.
+        element* const edge = edges + tensor * ROWS * VECTOR;
+        if (place() == 0) *reinterpret_cast<Pack<element, VECTOR>*>(edge) = x;
+        __syncwarp();
 #pragma unroll
-        for (int j = 0; j < VECTOR; ++j) if (alone & 1 << j) to[at + j] = pack.get(j);
+        for (int i = 0; i < EDGES; ++i) {
+            const int j = place() + i * ROW_ITEMS;
+            if (early > 0 && j < VECTOR) to[(j < early ? TILE : 0) + j - place() * VECTOR] = edge[j];
+        }
     }
-}
+};
 
 struct alignas(2 * sizeof(real)) Step { real dt, x; };                 // Δ, and Δ·u (zero-order hold: u)
+
+// Where eight channels lie side by side, an item's entries are moved 16 bytes at a time.
+constexpr int STEPS_AT_ONCE = !TIME_CONTIGUOUS && VECTOR == 8 ? 16 / sizeof(Step) : 1;
+constexpr int GATES_AT_ONCE = !TIME_CONTIGUOUS && VECTOR == 8 ? 16 / sizeof(real) : 1;
+template <typename T, int COUNT> struct alignas(COUNT * sizeof(T)) Side { T at[COUNT]; };
+template <int COUNT, typename T> DEVICE Side<T, COUNT>& at_once(T& first) { return reinterpret_cast<Side<T, COUNT>&>(first); }
+DEVICE unsigned column_of_step(unsigned c, unsigned t) { return column<sizeof(Step), STEPS_AT_ONCE * sizeof(Step)>(c, t); }
+DEVICE unsigned column_of_gate(unsigned c, unsigned t) { return column<sizeof(real), GATES_AT_ONCE * sizeof(real)>(c, t); }
 
 struct Shared {
     Step steps[TILE][BLOCK_CHANNELS];                                  // after the backward step: Σ_n λ·B and Σ_n λ·A·Ā·h
@@ -113,6 +129,8 @@ struct Shared {
     const C_T* C_base;
     const element *u, *delta, *z;                                      // at its first channel
     const DY_T* dy;
+    unsigned short counts[STRADDLES ? VECTOR : 1];                     // by channel: elements of an item of each tensor before the
+                                                                       // multiple of a pack's size among them, in four bits
     long long out;                                                     // the same in du, ddelta and dz
     Block block;
     Split time;
@@ -220,6 +238,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
         shared.z = p.z + first_channel(p.z_batch, p.z_row);
         shared.dy = p.dy + first_channel(p.dy_batch, p.dy_row);
         shared.out = first_channel(p.du_batch, p.du_row);
+        for (int c = 0; c < (STRADDLES ? VECTOR : 0); ++c) {
+            auto count = [&](auto* x, long long row) { return before_boundary<VECTOR>(x + c * row); };
+            shared.counts[c] = (unsigned short)(count(shared.u, p.u_row) | count(shared.delta, p.delta_row) << 4 |
+                                                count(shared.dy, p.dy_row) << 8 | (GATED ? count(shared.z, p.z_row) << 12 : 0));
+        }
     }
     __syncthreads();
     const Block& block = shared.block;
@@ -239,12 +262,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
             prefetch(shared.dy + offset_of(t0 + t, c, p.dy_row));
             if (GATED) prefetch(shared.z + offset_of(t0 + t, c, p.z_row));
         }
-        const Coefficient<B_T> B = {shared.B_base, p.B_state, p.B_time, p.B_imag};
-        const Coefficient<C_T> C = {shared.C_base, p.C_state, p.C_time, p.C_imag};
-#pragma unroll 1
-        for (int k = 0; k < (B_VARIES ? B_LOADS : 0); ++k) prefetch_coefficient<B_TIME_FAST, B_VECTOR>(k, 0, B, t0, p.length, (int)p.state);
-#pragma unroll 1
-        for (int k = 0; k < (C_VARIES ? C_LOADS : 0); ++k) prefetch_coefficient<C_TIME_FAST, C_VECTOR>(k, 0, C, t0, p.length, (int)p.state);
+        const Coefficient<B_T> B = {shared.B_base, p.B_state, time_stride<B_DENSE, B_VECTOR>(p.B_time), p.B_imag};
+        const Coefficient<C_T> C = {shared.C_base, p.C_state, time_stride<C_DENSE, C_VECTOR>(p.C_time), p.C_imag};
+        if (B_VARIES) prefetch_coefficients<B_TIME_FAST, B_VECTOR>(B, t0, p.length, (int)p.state);
+        if (C_VARIES) prefetch_coefficients<C_TIME_FAST, C_VECTOR>(C, t0, p.length, (int)p.state);
     };
     if (RELAY) prefetch_tile(time.begin);                              // while constants are waited for
 
@@ -307,14 +328,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
         int counts;                                                    // of all four: registers are scarce
         DEVICE int count(int tensor) const { return counts >> 4 * tensor & 15; }
     };
+    // By aligned packs: where all rows of a tile exist and go on beyond it, both ways.
+    auto is_inner = [&](long long t0, int steps) {
+        return STRADDLES && steps == TILE && t0 > 0 && t0 + TILE + VECTOR <= p.length && channels == BLOCK_CHANNELS;
+    };
     auto load = [&](int k, long long t0, int steps) {                  // item k of the tile that begins at t0
         const Item item(k, channels, steps);
-        const bool is_inner = t0 > 0 && t0 + TILE + VECTOR <= p.length;
         Tensors x;
-        x.counts = x.u.load(shared.u + item.offset(p.u_row, t0), item.valid, is_inner);
-        x.counts |= x.delta.load(shared.delta + item.offset(p.delta_row, t0), item.valid, is_inner) << 4;
-        x.counts |= x.dy.load(shared.dy + item.offset(p.dy_row, t0), item.valid, is_inner) << 8;
-        if (GATED) x.counts |= x.z.load(shared.z + item.offset(p.z_row, t0), item.valid, is_inner) << 12;
+        if (k < ITEMS && is_inner(t0, steps)) {
+            x.counts = shared.counts[STRADDLES ? item.c % VECTOR : 0];
+            x.u.load_both(shared.u + item.offset(p.u_row, t0), x.count(0));
+            x.delta.load_both(shared.delta + item.offset(p.delta_row, t0), x.count(1));
+            x.dy.load_both(shared.dy + item.offset(p.dy_row, t0), x.count(2));
+            if (GATED) x.z.load_both(shared.z + item.offset(p.z_row, t0), x.count(3));
+        } else {
+            x.counts = 0;
+            x.u.load(shared.u + item.offset(p.u_row, t0), item.valid);
+            x.delta.load(shared.delta + item.offset(p.delta_row, t0), item.valid);
+            x.dy.load(shared.dy + item.offset(p.dy_row, t0), item.valid);
+            if (GATED) x.z.load(shared.z + item.offset(p.z_row, t0), item.valid);
+        }
         return x;
     };
     // All items of a tile in turn, while those that follow are on their way: body(k, item k), which leaves in its place the one that comes
@@ -356,10 +389,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
     if (threadIdx.x < BLOCK_CHANNELS) shared.sums[threadIdx.x] = {};    // in shared memory, as registers are scarce
     // Entries of step j of the segment that begins at t. All rows of an item lie in the order of its first, which is known sooner.
     auto step_at = [&](unsigned t, int j, int k) -> Step& {
-        return (&shared.steps[t][column<sizeof(Step)>(channel(k), t + row_of_column(j))])[j * BLOCK_CHANNELS];
+        return (&shared.steps[t][column_of_step(channel(k), t + row_of_column(j))])[j * BLOCK_CHANNELS];
     };
     auto gate_at = [&](unsigned t, int j, int k) -> real& {
-        return (&shared.gates[t][column<sizeof(real)>(channel(k), t + row_of_column(j))])[j * BLOCK_CHANNELS];
+        return (&shared.gates[t][column_of_gate(channel(k), t + row_of_column(j))])[j * BLOCK_CHANNELS];
     };
     // One step forwards: Ā of every state, and h advanced.
     auto advance = [&](int t, int j, state_t (&h)[CHANNELS][SLOTS], state_t (&a)[CHANNELS][SLOTS]) {
@@ -389,8 +422,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
             const int t = gathers ? step : TILE - 1 - step;
 #pragma unroll
             for (int k = 0; k < CHANNELS; ++k) {
-                const real dt = shared.steps[t][column<sizeof(Step)>(channel(k), t)].dt;
-                const real gy = shared.gates[t][column<sizeof(real)>(channel(k), t)] * real(COMPLEX ? 2 : 1);
+                const real dt = shared.steps[t][column_of_step(channel(k), t)].dt;
+                const real gy = shared.gates[t][column_of_gate(channel(k), t)] * real(COMPLEX ? 2 : 1);
                 memory.pass(k, dt);
 #pragma unroll
                 for (int i = 0; i < SLOTS; ++i) {
@@ -413,8 +446,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
 
         // -------------------------------------------------------------------------------------- Δ, Δ·u, gy, B and C
         // Loads first, so that items hide the time they take.
-        const Coefficient<B_T> B = {shared.B_base, p.B_state, p.B_time, p.B_imag};
-        const Coefficient<C_T> C = {shared.C_base, p.C_state, p.C_time, p.C_imag};
+        const Coefficient<B_T> B = {shared.B_base, p.B_state, time_stride<B_DENSE, B_VECTOR>(p.B_time), p.B_imag};
+        const Coefficient<C_T> C = {shared.C_base, p.C_state, time_stride<C_DENSE, C_VECTOR>(p.C_time), p.C_imag};
         auto load_B = [&](int k) { return load_coefficient<B_TIME_FAST, B_VECTOR>(k, 0, B, t0, steps, (int)p.state); };
         auto load_C = [&](int k) { return load_coefficient<C_TIME_FAST, C_VECTOR>(k, 0, C, t0, steps, (int)p.state); };
         Pack<B_T, B_VECTOR * REALS> B_next[COEFFICIENTS_AHEAD ? B_LOADS : 1];
@@ -460,10 +493,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
             if (CARRIES_ONLY && k + IN_FLIGHT >= ITEMS) at_hand = load(k + IN_FLIGHT - ITEMS, t0 + back, steps_walked_from(t0 + back));
             else at_hand = load(k + IN_FLIGHT, t0, steps);              // nothing, where the tile has no such item
             if (!item.in_tile(k)) return;
+            const unsigned in_steps = column_of_step(item.c, item.first_row()), in_gates = column_of_gate(item.c, item.first_row());
 #pragma unroll
-            for (int j = 0; j < VECTOR; ++j) {
-                shared.steps[item.row(j)][column<sizeof(Step)>(item.channel(j), item.first_row())] = {dt[j], x[j]};
-                shared.gates[item.row(j)][column<sizeof(real)>(item.channel(j), item.first_row())] = gy[j];
+            for (int j = 0; j < VECTOR; j += STEPS_AT_ONCE) {
+                Side<Step, STEPS_AT_ONCE> some;
+#pragma unroll
+                for (int i = 0; i < STEPS_AT_ONCE; ++i) some.at[i] = {dt[j + i], x[j + i]};
+                at_once<STEPS_AT_ONCE>(shared.steps[item.row(j)][next_column(in_steps, j)]) = some;
+            }
+#pragma unroll
+            for (int j = 0; j < VECTOR; j += GATES_AT_ONCE) {
+                Side<real, GATES_AT_ONCE> some;
+#pragma unroll
+                for (int i = 0; i < GATES_AT_ONCE; ++i) some.at[i] = gy[j + i];
+                at_once<GATES_AT_ONCE>(shared.gates[item.row(j)][next_column(in_gates, j)]) = some;
             }
         });
 #pragma unroll(COEFFICIENTS_AHEAD ? B_LOADS : 2)
@@ -722,14 +765,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
             const auto dy = at_hand.dy.whole(at_hand.count(2));
             const long long at = shared.out + item.offset(p.du_row, t1);
             real by_B[VECTOR], by_A[VECTOR], out[VECTOR], skip[VECTOR];
+            const int c = item.c % BLOCK_CHANNELS;
+            const unsigned in_steps = column_of_step(c, item.first_row()), in_gates = column_of_gate(c, item.first_row());
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
-                const int row = item.row(j), c = item.channel(j) % BLOCK_CHANNELS, first = item.first_row();
-                const Step s = shared.steps[row][column<sizeof(Step)>(c, first)];
+                const int of_steps = j / STEPS_AT_ONCE * STEPS_AT_ONCE, of_gates = j / GATES_AT_ONCE * GATES_AT_ONCE;
+                const Step s = at_once<STEPS_AT_ONCE>(shared.steps[item.row(j)][next_column(in_steps, of_steps)]).at[j - of_steps];
                 by_B[j] = s.dt;
                 by_A[j] = s.x;
-                out[j] = shared.gates[row][column<sizeof(real)>(c, first)] * real(COMPLEX ? 2 : 1);
-                skip[j] = shared.skip[c];
+                out[j] = at_once<GATES_AT_ONCE>(shared.gates[item.row(j)][next_column(in_gates, of_gates)]).at[j - of_gates] *
+                         real(COMPLEX ? 2 : 1);
+                skip[j] = shared.skip[TIME_CONTIGUOUS ? c : c + j];
             }
             if (SLICED && p.sums_in) {
 #pragma unroll
@@ -751,7 +797,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
                 load_later(k + IN_FLIGHT, at_hand);
                 return;
             }
-            auto store = [&](element* to, const real (&x)[VECTOR]) {
+            const int early = (int)(at & (VECTOR - 1));
+            const AlignedStore aligned(shared.columns[threadIdx.x / 32], early);
+            auto store = [&](int tensor, element* to, const real (&x)[VECTOR]) {
                 Pack<element, VECTOR> pack;
 #pragma unroll
                 for (int j = 0; j < VECTOR; ++j) {
@@ -759,8 +807,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
                     from_real(x[j], rounded);
                     pack.set(j, rounded);
                 }
-                if (STRADDLES && last_steps == TILE) store_straddling(to, at, pack, item.valid > 0);
-                else store_by<ACCESS, element, VECTOR>(to + at, pack, item.valid);
+                if (OUT_ACCESS < VECTOR && is_inner(t1, last_steps)) aligned.store(to + (at - early), pack, tensor);
+                else store_by<OUT_ACCESS, element, VECTOR>(to + at, pack, item.valid);
             };
             real gy[VECTOR], dt[VECTOR], slope[VECTOR];
 #pragma unroll
@@ -777,7 +825,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
                     out[j] = gy[j] * skipped * s * (real(1) + gate * (real(1) - s));          // [7]
                     gy[j] *= gate * s;
                 }
-                store(p.dz, out);
+                store(0, p.dz, out);
             }
             if (STRADDLES) {                                           // not sooner, or this item would wait for the next one's
                 __syncwarp();
@@ -793,24 +841,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
                 terms[j] = TIME_CONTIGUOUS ? term : terms[j] + term;
             }
             if (!STRADDLES) load_later(k + IN_FLIGHT, at_hand);
-            store(p.ddelta, by_A);
-            store(p.du, by_B);
+            store(1, p.ddelta, by_A);
+            store(2, p.du, by_B);
             if (TIME_CONTIGUOUS) {                                     // an item is of one channel, and so are those of its lanes
 #pragma unroll
                 for (int half = VECTOR / 2; half > 0; half /= 2) {
 #pragma unroll
                     for (int j = 0; j < half; ++j) terms[j] = terms[j] + terms[j + half];
                 }
-                add_over_lanes(terms[0], 1, ITEM_LANES);
+                add_over_lanes(terms[0], 1, ROW_ITEMS);
                 if (item.in_tile(k) && item.t / VECTOR % 32 == 0) shared.terms[item.t / VECTOR / 32][item.c] = terms[0];
             }
         });
         if (!TIME_CONTIGUOUS) {
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
-                add_over_lanes(terms[j], ITEM_LANES, 32);
-                const int c = threadIdx.x % ITEM_LANES * VECTOR + j;
-                if (threadIdx.x % 32 < ITEM_LANES) shared.terms[threadIdx.x / (ITEM_LANES < 32 ? 32 : ITEM_LANES)][c] = terms[j];
+                add_over_lanes(terms[j], ROW_ITEMS, 32);
+                const int c = threadIdx.x % ROW_ITEMS * VECTOR + j;
+                if (threadIdx.x % 32 < ROW_ITEMS) shared.terms[threadIdx.x / (ROW_ITEMS < 32 ? 32 : ROW_ITEMS)][c] = terms[j];
             }
         }
         __syncthreads();

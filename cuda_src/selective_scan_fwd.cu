@@ -77,15 +77,14 @@ constexpr int PITCH = COEFFICIENT_PITCH / SIDE_BY_SIDE;                // of B a
 struct alignas(SIDE_BY_SIDE * sizeof(state_t)) Side { state_t at[SIDE_BY_SIDE]; };
 DEVICE int state_of(int lane, int i) { return (i / SIDE_BY_SIDE * LANES + lane) * SIDE_BY_SIDE + i % SIDE_BY_SIDE; }
 
-// Where the pairs of an item lie.
-DEVICE int first_pair(const Item& item) {
-    return item.row(0) * BLOCK_CHANNELS + (int)column<sizeof(Pair)>(item.c, item.first_row());
-}
-DEVICE int next_pair(int first, int j) { return TIME_CONTIGUOUS ? first + (REVERSE ? -j : j) * BLOCK_CHANNELS : first ^ j; }
 // Where eight channels lie side by side, pairs are moved two at a time, and 16 bytes of D and delta_bias likewise: the items of
 // neighbouring threads lie so far apart that shared memory would take as long for half of it. (With four, registers would spill.)
 constexpr int TOGETHER = !TIME_CONTIGUOUS && VECTOR == 8 ? 2 : 1;
 struct alignas(TOGETHER * sizeof(Pair)) Pairs { Pair at[TOGETHER]; };
+DEVICE unsigned column_of_pair(unsigned c, unsigned t) { return column<sizeof(Pair), sizeof(Pairs)>(c, t); }
+// Where the pairs of an item lie.
+DEVICE int first_pair(const Item& item) { return item.row(0) * BLOCK_CHANNELS + (int)column_of_pair(item.c, item.first_row()); }
+DEVICE int next_pair(int first, int j) { return TIME_CONTIGUOUS ? first + (REVERSE ? -j : j) * BLOCK_CHANNELS : first ^ j; }
 DEVICE Pairs& pairs_at(const Pair* pairs, int at) { return *const_cast<Pairs*>(reinterpret_cast<const Pairs*>(pairs + at)); }
 DEVICE void of_channels(const real* constants, const Item& item, real (&each)[VECTOR]) {
     constexpr int N = TOGETHER == 1 ? 1 : 16 / sizeof(real);
@@ -97,41 +96,46 @@ DEVICE void of_channels(const real* constants, const Item& item, real (&each)[VE
         each[j] = some.at[j % N];
     }
 }
-constexpr int ITEM_ROWS = THREADS / ((TIME_CONTIGUOUS ? TILE : BLOCK_CHANNELS) / VECTOR);     // between two items of a thread
 static_assert(ITEM_ROWS > 0, "items of a thread lie below each other");
 // Rows that do not begin at a multiple of 16 bytes are read and written by aligned packs all the same, each of which holds the end
 // of one item and the beginning of the next. Of 16 bits alone: float32 has four accesses where these have eight, and no registers.
-constexpr int ROW_ITEMS = TILE / VECTOR;
 constexpr bool STRADDLES = TIME_CONTIGUOUS && 4 * ACCESS <= VECTOR && sizeof(element) == 2 && ROW_ITEMS <= 32 &&
-                           (ALL_ITEMS % THREADS == 0 || ALL_ITEMS % 32 == 0);
+                           ITEM_ROWS % VECTOR == 0 && (ALL_ITEMS % THREADS == 0 || ALL_ITEMS % 32 == 0);
+constexpr bool STORES_STRADDLE = STRADDLES && OUT_ACCESS < VECTOR;
 // Whether what is needed first is read first: without too many registers, and where the recurrence does not take by far the longest.
 constexpr bool FINISHED_FIRST = ITEMS <= 2 && CHANNELS == 1 && !STRADDLES;
 // Many items of several accesses: a branch between them keeps the compiler from finishing all at once, and registers from spilling.
 constexpr bool ASKS_FOR_PARTS = SLICED || (ITEMS > 2 && ACCESS < VECTOR && (!TIME_CONTIGUOUS || SLOTS == 1));
 constexpr bool PART_OF_A_LINE = TIME_CONTIGUOUS && TILE * sizeof(element) < 128;              // is a row of a tile in memory
 
-// The accesses of a thread to B or C: found once where there are few, so that the compiler does not find them anew in every tile.
+// The accesses of a thread to B or C: found once where there are few, or the first says where all are, so that the compiler does
+// not find them anew in every tile.
 template <bool TIME_FAST, int V, int LOADS>
 struct Kept {
-    static constexpr bool FEW = LOADS <= 2 && ITEMS <= 2 && ENOUGH_REGISTERS;
+    typedef CoefficientItem<TIME_FAST, V> Access;
+    static constexpr int FOUND = !ENOUGH_REGISTERS ? 0 : Access::ONE_STATE ? 1 : LOADS <= 2 && ITEMS <= 2 ? LOADS : 0;
     int turn;
-    CoefficientItem<TIME_FAST, V> items[FEW ? LOADS : 1];
-    long long offsets[FEW ? LOADS : 1];
+    Access items[FOUND ? FOUND : 1];
+    long long offsets[FOUND ? FOUND : 1];
 
     template <typename T> DEVICE Kept(int turn, const Coefficient<T>& x) : turn(turn) {
 #pragma unroll
-        for (int k = 0; k < (FEW ? LOADS : 0); ++k) {
-            items[k] = CoefficientItem<TIME_FAST, V>(k, turn);
+        for (int k = 0; k < FOUND; ++k) {
+            items[k] = Access(k, turn);
             offsets[k] = recomputed(items[k].n * x.state_stride + items[k].t * x.time_stride);
             items[k].t = recomputed(items[k].t);
             items[k].n = recomputed(items[k].n);
         }
     }
-    DEVICE CoefficientItem<TIME_FAST, V> item(int k) const {
-        return FEW ? items[FEW ? k : 0] : CoefficientItem<TIME_FAST, V>(k, turn);
+    DEVICE Access item(int k) const {
+        if (!FOUND) return Access(k, turn);
+        Access found = items[k < FOUND ? k : 0];
+        found.t += k * Access::BETWEEN;
+        return found;
     }
     template <typename T> DEVICE long long offset(int k, const Coefficient<T>& x) const {
-        return FEW ? offsets[FEW ? k : 0] : item(k).n * x.state_stride + item(k).t * x.time_stride;
+        if (!FOUND) return item(k).n * x.state_stride + item(k).t * x.time_stride;
+        return offsets[k < FOUND ? k : 0] + k * Access::BETWEEN * x.time_stride;
     }
 };
 
@@ -146,7 +150,7 @@ struct Round {
         for (int k = 0; k < CHANNELS; ++k) {
 #pragma unroll
             for (int j = 0; j < UNROLL; j += SHARED_COLUMN) {
-                const unsigned c = column<sizeof(Pair)>(k * GROUPS + group, t + row_of_column(j));
+                const unsigned c = column_of_pair(k * GROUPS + group, t + row_of_column(j));
                 pairs[k][j / SHARED_COLUMN] = recomputed(t * BLOCK_CHANNELS + (int)c);
             }
         }
@@ -180,8 +184,8 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
     if (CARRIES_ONLY && CHAINS && block.split == p.splits - 1) return; // nobody asks what the last part hands on
     const long long b = block.b, c0 = block.c0;
     const int channels = block.channels;
-    Coefficient<B_T> B = {p.B, p.B_state, p.B_time, p.B_imag};
-    Coefficient<C_T> C = {p.C, p.C_state, p.C_time, p.C_imag};
+    Coefficient<B_T> B = {p.B, p.B_state, time_stride<B_DENSE, B_VECTOR>(p.B_time), p.B_imag};
+    Coefficient<C_T> C = {p.C, p.C_state, time_stride<C_DENSE, C_VECTOR>(p.C_time), p.C_imag};
     if (B_VARIES) B.base += b * p.B_batch + group_of(c0, p.dim, p.groups_of_B) * p.B_group;
     if (C_VARIES) C.base += b * p.C_batch + group_of(c0, p.dim, p.groups_of_C) * p.C_group;
 
@@ -276,13 +280,13 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
     // ------------------------------------------------------------------------------------------ elements
     // The items of this thread, and where they lie in shared memory: found once where registers allow it (tried: a few more of
     // them kept, and some kernels spill), for the compiler would find them anew in every tile.
-    constexpr bool FOUND_ONCE = ITEMS <= 4 && ENOUGH_REGISTERS, FEW_ITEMS = ITEMS <= 2 && VECTOR > 1 && ENOUGH_REGISTERS;
+    constexpr bool FOUND_ONCE = ITEMS <= 4 && ENOUGH_REGISTERS && !STRADDLES, FEW_ITEMS = FOUND_ONCE && ITEMS <= 2 && VECTOR > 1;
     Item first_item(0, channels, TILE);
     if (FOUND_ONCE) first_item.c = recomputed(first_item.c), first_item.t = recomputed(first_item.t);
     auto item_of = [&](int k, int tile_steps) {
         if (ITEMS > 4) return Item(k, channels, tile_steps);
         Item item = first_item;
-        (TIME_CONTIGUOUS ? item.c : item.t) += k * ITEM_ROWS;
+        (TIME_CONTIGUOUS ? item.c : item.t) += k * ITEM_STEP;
         item.limit(channels, tile_steps);
         return item;
     };
@@ -301,10 +305,27 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
     };
     auto advanced = [&](auto*& x, long long row) { x += TIME_CONTIGUOUS ? ahead : ahead * row; };
     const element *u_to_load = first_at(p.u, p.u_batch, p.u_row), *delta_to_load = first_at(p.delta, p.delta_batch, p.delta_row);
-    const element *u_to_finish = u_to_load, *z_to_finish = first_at(p.z, p.z_batch, p.z_row);
+    const element* z_to_finish = first_at(p.z, p.z_batch, p.z_row);
     element* y_to_finish = first_at(p.y, p.y_batch, p.y_row);
-    B.base += t_first * p.B_time;
-    C.base += t_first * p.C_time;
+    // Items that straddle are found by aligned packs: what is read by that at the boundary in an item, before which lie as many
+    // elements in all items of a thread, and what is written by that before it. The four counts share a register.
+    enum { U = 0, DELTA = 4, Z = 8, Y = 12 };
+    auto at_boundary = [&](auto*& x, int place) {
+        const int count = before_boundary<VECTOR>(x);
+        x += count;
+        return count << place;
+    };
+    int counts = 0;
+    if (STRADDLES) {
+        counts = at_boundary(u_to_load, U) | at_boundary(delta_to_load, DELTA) | at_boundary(z_to_finish, Z);
+        const int y_count = OUT_ACCESS == VECTOR ? 0 : (int)((size_t)y_to_finish / sizeof(element) % VECTOR);
+        y_to_finish -= y_count;
+        counts = recomputed(counts | y_count << Y);
+    }
+    auto count_of = [&](int tensor) { return OUT_ACCESS == VECTOR && tensor == Y ? 0 : counts >> tensor & 15; };
+    const element* u_to_finish = u_to_load;
+    B.base += t_first * B.time_stride;
+    C.base += t_first * C.time_stride;
 
     auto keep_constants = [&] {
         for (int c = worker(); c < BLOCK_CHANNELS; c += THREADS) {
@@ -327,55 +348,44 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
         return load_coefficient(C_items.item(k), C.base + C_items.offset(k, C), C.imag, tile_steps, (int)p.state);
     };
 
-    // Whether the tiles on both sides exist in this part of time, and so much of them that aligned packs may reach into them.
-    auto is_inner = [&](int tile) {
-        return tile > 0 && tile + 1 < tiles && steps_of(from_end ? tile - 1 : tile + 1) >= VECTOR;
-    };
+    // Whether the tiles on both sides exist in this part of time, and so much of them that aligned packs may reach into them; and all
+    // channels of the block.
+    const int scant = short_steps < VECTOR, first_inner = 1 + (from_end ? scant : 0);
+    const int end_inner = channels < BLOCK_CHANNELS ? 0 : tiles - 1 - (from_end ? 0 : scant);
+    auto is_inner = [&](int tile) { return first_inner <= tile && tile < end_inner; };
 
     // Items of a tensor in a tile; all of them exist in most tiles. Of those that lie across two packs the later is on its way a
     // tile ahead. The earlier was read for the item before: `complete` reads it again when it is needed.
-    auto load_items = [&](Pack<element, VECTOR> (&items)[ITEMS], const element* from, long long row, int tile) {
+    auto load_items = [&](Pack<element, VECTOR> (&items)[ITEMS], const element* from, int count, long long row, int tile) {
         const int tile_steps = steps_of(tile);
-        if (STRADDLES && is_inner(tile)) {
+        if (STRADDLES ? is_inner(tile) : is_whole(tile_steps)) {
 #pragma unroll
             for (int k = 0; k < ITEMS; ++k) {
-                const element* at = from + k * ITEM_ROWS * row;
-                at += before_boundary<VECTOR>(at);
-                if (PART_OF_A_LINE && is_whole(TILE)) items[k] = load_with_line<element, VECTOR>(at);
-                else items[k] = load_whole<element, VECTOR>(at, item_of(k, TILE).valid > 0);
-            }
-        } else if (!STRADDLES && is_whole(tile_steps)) {
-#pragma unroll
-            for (int k = 0; k < ITEMS; ++k) {
-                const element* const at = from + k * ITEM_ROWS * row;
-                if (PART_OF_A_LINE && ACCESS == VECTOR) items[k] = load_with_line<element, VECTOR>(at);
-                else items[k] = load_by<ACCESS, element, VECTOR>(at, VECTOR);
+                const element* const at = from + k * ITEM_STEP * row;
+                if (PART_OF_A_LINE && (STRADDLES || ACCESS == VECTOR)) items[k] = load_with_line<element, VECTOR>(at);
+                else items[k] = load_by<STRADDLES ? VECTOR : ACCESS, element, VECTOR>(at, VECTOR);
             }
         } else {
 #pragma unroll
             for (int k = 0; k < ITEMS; ++k)
-                items[k] = load_by<ACCESS, element, VECTOR>(from + k * ITEM_ROWS * row, item_of(k, tile_steps).valid);
+                items[k] = load_by<ACCESS, element, VECTOR>(from - count + k * ITEM_STEP * row, item_of(k, tile_steps).valid);
         }
     };
 
-    auto complete = [&](Pack<element, VECTOR> (&items)[ITEMS], const element* next, long long row, int tile) {
+    auto complete = [&](Pack<element, VECTOR> (&items)[ITEMS], const element* next, int count, long long row, int tile) {
         if (!STRADDLES || !is_inner(tile)) return;
         Pack<element, VECTOR> earlier[ITEMS];
 #pragma unroll
-        for (int k = 0; k < ITEMS; ++k) {
-            const element* const at = next - ahead + k * ITEM_ROWS * row;
-            const int count = before_boundary<VECTOR>(at);
-            earlier[k] = load_whole<element, VECTOR>(at + count - VECTOR, count > 0 && item_of(k, TILE).valid > 0);
-        }
-#pragma unroll
         for (int k = 0; k < ITEMS; ++k)
-            items[k] = joined(earlier[k], items[k], before_boundary<VECTOR>(next - ahead + k * ITEM_ROWS * row));
+            earlier[k] = load_whole<element, VECTOR>(next - ahead - VECTOR + k * ITEM_STEP * row, true);
+#pragma unroll
+        for (int k = 0; k < ITEMS; ++k) items[k] = joined(earlier[k], items[k], count);
     };
 
     auto load = [&](int tile) {
         const int tile_steps = steps_of(tile);
-        load_items(u_next, u_to_load, p.u_row, tile);
-        load_items(delta_next, delta_to_load, p.delta_row, tile);
+        load_items(u_next, u_to_load, count_of(U), p.u_row, tile);
+        load_items(delta_next, delta_to_load, count_of(DELTA), p.delta_row, tile);
         advanced(u_to_load, p.u_row);
         advanced(delta_to_load, p.delta_row);
 #pragma unroll
@@ -383,22 +393,22 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
 #pragma unroll
         for (int k = 0; k < (COEFFICIENTS_AHEAD && C_STAGED ? C_LOADS : 0); ++k) C_next[k] = load_C(k, tile_steps);
         if (COEFFICIENTS_AHEAD) {
-            B.base += ahead * p.B_time;
-            C.base += ahead * p.C_time;
+            B.base += ahead * B.time_stride;
+            C.base += ahead * C.time_stride;
         }
     };
 
     auto load_to_finish = [&](int tile) {
-        if (p.D) load_items(u_done, u_to_finish, p.u_row, tile);
-        if (GATED) load_items(z_done, z_to_finish, p.z_row, tile);
+        if (p.D) load_items(u_done, u_to_finish, count_of(U), p.u_row, tile);
+        if (GATED) load_items(z_done, z_to_finish, count_of(Z), p.z_row, tile);
         advanced(u_to_finish, p.u_row);
         advanced(z_to_finish, p.z_row);
     };
 
     auto prepare = [&](int tile, Buffer& buffer) {
         const int tile_steps = steps_of(tile);
-        complete(u_next, u_to_load, p.u_row, tile);
-        complete(delta_next, delta_to_load, p.delta_row, tile);
+        complete(u_next, u_to_load, count_of(U), p.u_row, tile);
+        complete(delta_next, delta_to_load, count_of(DELTA), p.delta_row, tile);
 #pragma unroll(COEFFICIENTS_AHEAD ? B_LOADS : 2)
         for (int k = 0; k < (B_VARIES ? B_LOADS : 0); ++k) {
             if (!COEFFICIENTS_AHEAD) B_next[0] = load_B(k, tile_steps);
@@ -410,8 +420,8 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
             stage_coefficient<C_TIME_FAST, C_VECTOR, C_T>(C_items.item(k), buffer.C, C_next[COEFFICIENTS_AHEAD ? k : 0]);
         }
         if (!COEFFICIENTS_AHEAD) {
-            B.base += ahead * p.B_time;
-            C.base += ahead * p.C_time;
+            B.base += ahead * B.time_stride;
+            C.base += ahead * C.time_stride;
         }
 #pragma unroll
         for (int k = 0; k < ITEMS; ++k) {
@@ -435,11 +445,12 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
         }
     };
 
-    // Each pack is written by the lane that has, of the two items it holds parts of, the one that was walked later.
-    Pack<element, VECTOR> latest[STRADDLES ? ITEMS : 1] = {};           // of a lane, in the tile before
+    // Each pack is written by the lane that has, of the two items it holds parts of, the one that was walked later. `y` points to it, or
+    // against time to the one before.
+    Pack<element, VECTOR> latest[STORES_STRADDLE ? ITEMS : 1] = {};     // of a lane, in the tile before
     auto store_straddling = [&](int k, element* y, const Pack<element, VECTOR>& out, int valid, int tile) {
         constexpr int FIRST = REVERSE ? ROW_ITEMS - 1 : 0, LAST = ROW_ITEMS - 1 - FIRST;      // as they are walked
-        const int place = worker() % ROW_ITEMS, count = (size_t)y / sizeof(element) % VECTOR;
+        const int place = worker() % ROW_ITEMS, count = count_of(Y);
         Pack<element, VECTOR> before;                                  // the item walked before this lane's
 #pragma unroll
         for (int j = 0; j < (int)(sizeof(out) / 4); ++j) {
@@ -448,10 +459,10 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
         }
         latest[k] = out;
         if (is_inner(tile)) {
-            const auto pack = REVERSE ? joined(out, before, count) : joined(before, out, count);
-            store_whole(y + (REVERSE ? VECTOR : 0) - count, pack, valid > 0);
+            store_at_once(y + (REVERSE ? VECTOR : 0), REVERSE ? joined(out, before, count) : joined(before, out, count));
             return;
         }
+        y += count;
         store_by<ACCESS, element, VECTOR>(y, out, valid);
         if (tile > 0 && is_inner(tile - 1) && place == FIRST && valid > 0) {                 // of the tile before: what is left
 #pragma unroll
@@ -462,13 +473,13 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
 
     auto finish = [&](int tile, const Buffer& buffer) {
         const int tile_steps = steps_of(tile);
-        if (p.D) complete(u_done, u_to_finish, p.u_row, tile);
-        if (GATED) complete(z_done, z_to_finish, p.z_row, tile);
+        if (p.D) complete(u_done, u_to_finish, count_of(U), p.u_row, tile);
+        if (GATED) complete(z_done, z_to_finish, count_of(Z), p.z_row, tile);
 #pragma unroll
         for (int k = 0; k < ITEMS; ++k) {
             const Item item = item_of(k, tile_steps);
             if (!item.in_tile(k)) continue;
-            element* const y = y_to_finish + k * ITEM_ROWS * p.y_row;
+            element* const y = y_to_finish + k * ITEM_STEP * p.y_row;
             real sum[VECTOR], skip[VECTOR];
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) {
@@ -482,11 +493,11 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
             }
             if (ASKS_FOR_PARTS && p.parts_in) {                                // parts lie as y does
 #pragma unroll
-                for (int j = 0; j < VECTOR; ++j) if (j < item.valid) sum[j] += p.parts_in[y - p.y + j];
+                for (int j = 0; j < VECTOR; ++j) if (j < item.valid) sum[j] += p.parts_in[y + count_of(Y) - p.y + j];
             }
             if (ASKS_FOR_PARTS && p.parts_out) {
 #pragma unroll
-                for (int j = 0; j < VECTOR; ++j) if (j < item.valid) p.parts_out[y - p.y + j] = sum[j];
+                for (int j = 0; j < VECTOR; ++j) if (j < item.valid) p.parts_out[y + count_of(Y) - p.y + j] = sum[j];
                 continue;
             }
             of_channels(shared.skip, item, skip);
@@ -506,8 +517,8 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
                 from_real(sum[j], rounded);
                 out.set(j, rounded);
             }
-            if (STRADDLES) store_straddling(k, y, out, item.valid, tile);
-            else store_by<ACCESS, element, VECTOR>(y, out, is_whole(tile_steps) ? VECTOR : item.valid);
+            if (STORES_STRADDLE) store_straddling(k, y, out, item.valid, tile);
+            else store_by<OUT_ACCESS, element, VECTOR>(y + count_of(Y), out, is_whole(tile_steps) ? VECTOR : item.valid);
         }
         advanced(y_to_finish, p.y_row);
     };

@@ -8,7 +8,8 @@
 //   step by step         LANES neighbouring lanes hold the states of CHANNELS channels, SLOTS states of each in every lane.
 //
 // Compile-time: COMPLEX REVERSE TIME_CONTIGUOUS VECTOR ACCESS LANES SLOTS CHANNELS TILE THREADS, the element types U_T B_T C_T, and for
-// B and C: VARIES, TIME_FAST, and VECTOR, the neighbours moved at once. A kernel defines COEFFICIENT_PADDING.
+// B and C: VARIES, TIME_FAST, DENSE (neighbours in time lie side by side), and VECTOR, the neighbours moved at once. OUT_ACCESS is ACCESS
+// for tensors that the call allocates. A kernel defines COEFFICIENT_PADDING.
 #pragma once
 #include "common.cuh"
 
@@ -30,6 +31,11 @@ constexpr int STATES = LANES * SLOTS;                                  // padded
 constexpr int ALL_ITEMS = BLOCK_CHANNELS * TILE / VECTOR;
 static_assert((TIME_CONTIGUOUS ? TILE : BLOCK_CHANNELS) % VECTOR == 0, "an item lies in one row of the tile");
 constexpr int ITEMS = (ALL_ITEMS + THREADS - 1) / THREADS;             // per thread
+constexpr int ROW_ITEMS = (TIME_CONTIGUOUS ? TILE : BLOCK_CHANNELS) / VECTOR;                 // that lie side by side in memory
+constexpr int ITEM_ROWS = THREADS / ROW_ITEMS;                         // between two items of a thread
+// Where channels lie side by side, the items of neighbouring threads are of rows of a tile that lie 8 apart, for the sake of `column`.
+constexpr int EIGHTS = !TIME_CONTIGUOUS && TILE % 8 == 0 && ITEM_ROWS % (TILE / 8) == 0 ? TILE / 8 : 1;
+constexpr int ITEM_STEP = TIME_CONTIGUOUS ? ITEM_ROWS : ITEM_ROWS / EIGHTS * (REVERSE ? -1 : 1);           // in channels or steps
 
 // Number of a thread among those that share its work: a kernel may have several teams of THREADS.
 DEVICE int worker() { return threadIdx.x % THREADS; }
@@ -46,14 +52,16 @@ struct Item {
         c = index / (TILE / VECTOR);
         t = index % (TILE / VECTOR) * VECTOR;
 #else
-        t = index / (BLOCK_CHANNELS / VECTOR);
+        const int number = index / (BLOCK_CHANNELS / VECTOR);
+        const int row = EIGHTS == 1 ? number : number / TILE * TILE + number % EIGHTS * 8 + number / EIGHTS % 8;
+        t = REVERSE ? TILE - 1 - row : row;
         c = index % (BLOCK_CHANNELS / VECTOR) * VECTOR;
 #endif
         limit(channels, steps);
         if (ALL_ITEMS % THREADS != 0 && index >= ALL_ITEMS) valid = 0;
     }
     DEVICE void limit(int channels, int steps) {
-        valid = TIME_CONTIGUOUS ? (c < channels ? steps - t : 0) : (t < steps ? channels - c : 0);
+        valid = TIME_CONTIGUOUS ? (c < channels ? steps - t : 0) : ((unsigned)t < (unsigned)steps ? channels - c : 0);
     }
     DEVICE bool in_tile(int k) const { return ALL_ITEMS % THREADS == 0 || worker() + k * THREADS < ALL_ITEMS; }
 
@@ -70,10 +78,10 @@ struct Item {
 DEVICE long long offset_of(long long t, long long c, long long stride) { return TIME_CONTIGUOUS ? c * stride + t : t * stride + c; }
 DEVICE long long Item::offset(long long stride, long long t0) const { return offset_of(t0 + t, (unsigned)c, stride); }
 
-// Column of channel c in row t of a shared tile with entries of BYTES bytes. The items of neighbouring threads differ in t (or
-// c) by VECTOR, which would put them into the same banks; the XOR spreads them. It permutes a row, so readers and writers only
-// have to agree. All rows of one item share its permutation.
-template <int BYTES>
+// Column of channel c in row t of a shared tile with entries of BYTES bytes, of which an item's are moved AT_ONCE bytes at a time. The
+// items of neighbouring threads differ in t or c so that all would be in the same few banks; the XOR spreads them over all. It
+// permutes a row, so readers and writers only have to agree. All rows of one item share its permutation, and all of an eighth.
+template <int BYTES, int AT_ONCE = BYTES>
 DEVICE unsigned column(unsigned c, unsigned t) {
     constexpr int SIZE = BYTES < 16 ? BYTES : 16, PER_LINE = 128 / SIZE;                      // entries in all 32 banks
 #if TIME_CONTIGUOUS
@@ -81,14 +89,19 @@ DEVICE unsigned column(unsigned c, unsigned t) {
     constexpr int SPREAD = ROWS < PER_LINE ? PER_LINE / ROWS : 1;
     return c ^ (((t / VECTOR) % PER_LINE * SPREAD) & (BLOCK_CHANNELS - 1));
 #else
-    constexpr int UNITS = VECTOR * SIZE < 16 ? 1 : VECTOR * SIZE / 16;  // 16-byte accesses an item makes
-    return c ^ (((c / PER_LINE) & (UNITS - 1)) * (16 / SIZE) & (BLOCK_CHANNELS - 1));
+    constexpr int ACCESSES = VECTOR * BYTES / AT_ONCE;                 // of an item: it is one of them that lines differ by
+    constexpr int LINES = BLOCK_CHANNELS % PER_LINE == 0 ? BLOCK_CHANNELS / PER_LINE : 0;      // of a row
+    const unsigned line = LINES > 0 ? c / PER_LINE + t / 8 * LINES : (c + t / 8 * BLOCK_CHANNELS) / PER_LINE;
+    return c ^ (line % ACCESSES * (VECTOR / ACCESSES));
 #endif
 }
 
-// The row by which `column` finds an entry of row j, counted from a multiple of VECTOR: the first of those that share their
+// The row by which `column` finds an entry of row j, counted from a multiple of 8 or VECTOR: the first of those that share their
 // columns, known sooner than j.
-DEVICE constexpr int row_of_column(int j) { return TIME_CONTIGUOUS ? j / VECTOR * VECTOR : 0; }
+DEVICE constexpr int row_of_column(int j) { return TIME_CONTIGUOUS ? j / VECTOR * VECTOR : j / 8 * 8; }
+
+// Column of element j of an item whose first is in column `first`.
+DEVICE unsigned next_column(unsigned first, int j) { return TIME_CONTIGUOUS ? first : first ^ j; }
 
 // ---------------------------------------------------------------------------------------------- B and C
 // A tile of B or C as states: rows of COEFFICIENT_PITCH, of which COEFFICIENT_PADDING bytes, chosen by the kernel, are padding
@@ -101,6 +114,11 @@ constexpr int COEFFICIENT_PITCH = STATES + (int)(sizeof(state_t) * STATES >= 16 
 template <int V> DEVICE constexpr int coefficient_items() { return TILE * STATES / V; }
 template <int V> DEVICE constexpr int coefficient_loads() { return (coefficient_items<V>() + THREADS - 1) / THREADS; }
 
+// The stride of time, which the compiler had better know where accesses are many. (Tried: where not, it lets registers spill for it.)
+template <bool DENSE, int V> DEVICE long long time_stride(long long given) {
+    return DENSE && (V == 1 || !TIME_CONTIGUOUS) ? REALS : given;
+}
+
 template <typename T>
 struct Coefficient {                                                   // B or C, for one batch entry and group
     const T* base;
@@ -111,6 +129,10 @@ template <bool TIME_FAST, int V>
 struct CoefficientItem {                                               // access k of a thread
     int t, n;                                                          // step and state of its first entry
     bool in_tile;
+
+    // Whether all accesses of a thread are to the same state, BETWEEN steps apart.
+    static constexpr bool ONE_STATE = TIME_FAST && V == 1 && THREADS % ((TILE < 8 ? TILE : 8) * STATES) == 0;
+    static constexpr int BETWEEN = ONE_STATE ? THREADS / STATES : 0;
 
     CoefficientItem() = default;
     // `turn` lets B and C begin with different threads where there is not enough work for all of them.
@@ -145,10 +167,16 @@ DEVICE Pack<T, V * REALS> load_coefficient(
     return raw;
 }
 
+// All of the tile that begins at t0: a line for each that its rows have, and one more where they need not begin with one.
 template <bool TIME_FAST, int V, typename T>
-DEVICE void prefetch_coefficient(int k, int turn, const Coefficient<T>& x, long long t0, long long length, int states) {
-    const CoefficientItem<TIME_FAST, V> item(k, turn);
-    if (item.in_tile && t0 + item.t < length && item.n < states) prefetch(x.base + item.n * x.state_stride + (t0 + item.t) * x.time_stride);
+DEVICE void prefetch_coefficients(const Coefficient<T>& x, long long t0, long long length, int states) {
+    constexpr int LINE = 128 / (int)(sizeof(T) * REALS), ROW = TIME_FAST ? TILE : STATES, ROWS = TIME_FAST ? STATES : TILE;
+    constexpr int LINES = (ROW + LINE - 1) / LINE + (V * REALS * sizeof(T) < 16);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < ROWS * LINES; i += THREADS) {
+        const int row = i / LINES, at = min(i % LINES * LINE, ROW - 1), t = TIME_FAST ? at : row, n = TIME_FAST ? row : at;
+        if (t0 + t < length && n < states) prefetch(x.base + n * x.state_stride + (t0 + t) * x.time_stride);
+    }
 }
 
 template <bool TIME_FAST, int V, typename T>

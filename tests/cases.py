@@ -64,6 +64,8 @@ ROWS = {
     "channel-order-reverse": {"order": "channel", "reverse": True},
     **{f"length-{n}": {"length": n} for n in (1, 2, 33, 63, 64, 65, 128, 200, 1000)},
     **{f"length-{n}-reverse-bfloat16": {"length": n, "reverse": True, "dtype": "bfloat16"} for n in (1, 65, 72)},
+    "length-197-blocks-bfloat16": {"length": 197, "dim": 128, "dtype": "bfloat16"},  # whole ones
+    "length-197-blocks-reverse-bfloat16": {"length": 197, "dim": 128, "reverse": True, "dtype": "bfloat16"},
     **{f"state-{n}": {"state": n} for n in (1, 2, 3, 5, 8, 17, 32, 64, 100, 256, 300)},
     "state-32-channel-order-bfloat16": {"state": 32, "order": "channel", "dtype": "bfloat16"},
     "state-256-channel-order-float16": {"state": 256, "order": "channel", "dtype": "float16"},

@@ -33,6 +33,14 @@ OTHERS = {
         for reverse in (False, True)
         for length in (197, 222, 333)
     },
+    **{
+        f"rows across packs, whole blocks{', reverse' * reverse}, length {length}": (
+            {"batch": 1, "dim": 64, "length": length, "dtype": "bfloat16", "reverse": reverse},
+            emulator.FULL,
+        )
+        for reverse in (False, True)
+        for length in (197, 222, 333)
+    },
     "parts of time in a relay": ({"batch": 1, "dim": 20, "length": 1001, "state": 4}, emulator.H100),
     "parts of time in a relay, reverse": ({"dim": 20, "length": 1001, "state": 4, "reverse": True}, emulator.H100),
     "parts of time in a relay, channel order": (
@@ -73,6 +81,23 @@ def pytest_generate_tests(metafunc):
 
 def test_row(monkeypatch, row, device):
     check(monkeypatch, device, cases.BASE | row, *cases.make(**row))
+
+
+def sliced(x, more):
+    """x as a slice of longer rows."""
+    longer = np.zeros((*x.shape[:2], x.shape[2] + more), x.dtype)
+    longer[..., 1 : 1 + x.shape[2]] = x
+    return longer[..., 1 : 1 + x.shape[2]]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("length", "more", "names"), [(200, 8, ("u", "delta", "z")), (200, 3, ("u",)), (197, 4, ("delta",))])
+def test_slices_of_longer_rows(monkeypatch, length, more, names, reverse):
+    """Tensors that lie across packs each in its own way, and outputs that do or do not."""
+    case = {"batch": 1, "dim": 64, "length": length, "dtype": "bfloat16", "reverse": reverse}
+    arguments, options = cases.make(**case)
+    arguments |= {name: sliced(arguments[name], more) for name in names}
+    check(monkeypatch, emulator.FULL, cases.BASE | case, arguments, options)
 
 
 FORGETFUL = {

@@ -14,11 +14,13 @@ from mambacupy.reference import CHUNK, SelectiveScanGrads
 def _coefficient(name, args, x, groups, layout):
     """Constants and numbers by which a kernel finds B or C."""
     strides = _coefficient_strides(x, groups, args.complex)
+    reals = 2 if args.complex else 1
     constants = {
         f"{name}_T": kernels.C_TYPES[arrays.real_of(x.dtype).name],
         f"{name}_VARIES": int(groups > 0),
         f"{name}_TIME_FAST": int(abs(strides["time"]) <= abs(strides["state"])),
         f"{name}_VECTOR": _widest_coefficient_access(args, x, groups, strides, layout),
+        f"{name}_DENSE": int(strides["time"] == reals),
     }
     return constants, {f"{name}_{key}": value for key, value in strides.items()} | {f"groups_of_{name}": groups or 1}
 
@@ -118,6 +120,7 @@ def _common(args, layout, tensors, delta_softplus, reverse):
         "TIME_CONTIGUOUS": int(axis == 2),
         "VECTOR": item,
         "ACCESS": access,
+        "OUT_ACCESS": math.gcd(item, fresh_row if axis == 2 else math.gcd(fresh_row, span)),
         **layout.constants,
     }
     numbers = {
