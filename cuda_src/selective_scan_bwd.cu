@@ -54,8 +54,8 @@ constexpr bool ENOUGH_REGISTERS = true;
 constexpr bool STRADDLES = ENOUGH_REGISTERS && TIME_CONTIGUOUS && 4 * ACCESS <= VECTOR && sizeof(element) == 2 &&
                            sizeof(DY_T) == 2 && ROW_ITEMS <= 32 && ITEM_ROWS % VECTOR == 0 && ALL_ITEMS % THREADS == 0;
 
-// Items that are being loaded at any time.
-constexpr int IN_FLIGHT = STRADDLES || ITEMS == 1 || (!ENOUGH_REGISTERS && ACCESS < VECTOR) ? 1 : 2;
+// Items that are being loaded at any time: two where there are registers for them.
+constexpr int IN_FLIGHT = STRADDLES || ITEMS == 1 || (RELAY && !TIME_CONTIGUOUS) || (!ENOUGH_REGISTERS && ACCESS < VECTOR) ? 1 : 2;
 
 template <typename T>
 struct Loaded {                                                        // an item that is on its way
@@ -230,8 +230,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
         if (RELAY) shared.block.split = p.splits - 1 - shared.block.split;                    // who is waited for begins first
         shared.time = Split(shared.block.split, p.splits, p.length);
         const long long c0 = shared.block.c0, b = shared.block.b;
-        if (B_VARIES) shared.B_base = p.B + b * p.B_batch + group_of(c0, p.dim, p.groups_of_B) * p.B_group;
-        if (C_VARIES) shared.C_base = p.C + b * p.C_batch + group_of(c0, p.dim, p.groups_of_C) * p.C_group;
+        if (B_VARIES) shared.B_base = p.B + b * p.B_batch + c0 / (p.dim / p.groups_of_B) * p.B_group;
+        if (C_VARIES) shared.C_base = p.C + b * p.C_batch + c0 / (p.dim / p.groups_of_C) * p.C_group;
         auto first_channel = [&](long long batch, long long row) { return b * batch + offset_of(0, c0, row); };
         shared.u = p.u + first_channel(p.u_batch, p.u_row);
         shared.delta = p.delta + first_channel(p.delta_batch, p.delta_row);
@@ -369,21 +369,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
     auto parts_are_wide = [&] { return p.state == STATES && p.state_total * REALS % WIDE == 0 &&
         ((size_t)p.dB_parts | (size_t)p.dC_parts) % sizeof(Wide<WIDE>) == 0; };
     // Sums over some chunks are added to totals in memory, because registers are scarce, and so that rounding does not grow with time.
-    bool has_totals = false, has_more = true;                          // anything there yet; anything to be added
+    // A relay's part is one chunk, and its sums are the totals.
+    auto for_totals = [&](auto&& body) {
+        body(p.dA_parts, dA);
+        if (!B_VARIES) body(p.dB_parts, dB_kept);
+        if (!C_VARIES) body(p.dC_parts, dC_kept);
+    };
     auto add_to_totals = [&] {
-        if (!has_more) return;
-        auto add = [&](state_t* totals, state_t (&sums)[CHANNELS][SLOTS]) {
+        for_totals([&](state_t* totals, state_t (&sums)[CHANNELS][SLOTS]) {
             for_states_of(totals, part_of_time(), [&](int k, int i, state_t& total) {
-                total = has_totals ? total + sums[k][i] : sums[k][i];
+                total = RELAY ? sums[k][i] : total + sums[k][i];
                 sums[k][i] = {};
             });
-        };
-        add(p.dA_parts, dA);
-        if (!B_VARIES) add(p.dB_parts, dB_kept);
-        if (!C_VARIES) add(p.dC_parts, dC_kept);
-        has_totals = true;
-        has_more = false;
+        });
     };
+    if (!CARRIES_ONLY && !RELAY) for_totals([&](state_t* totals, state_t (&sums)[CHANNELS][SLOTS]) {
+        for_states_of(totals, part_of_time(), [&](int k, int i, state_t& total) { total = sums[k][i]; });
+    });
     Memory<CHANNELS> memory;
     if (CARRIES_ONLY || RELAY) for_states([&](int k, int i, long long, int) { memory.add_state(k, real_part(rate[k][i])); });
     if (threadIdx.x < BLOCK_CHANNELS) shared.sums[threadIdx.x] = {};    // in shared memory, as registers are scarce
@@ -746,7 +748,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
                 __syncthreads();
             }
         }
-        has_more = true;
         // -------------------------------------------------------------------------------------- du, ddelta, dz
         const long long t1 = recomputed(t0);
         const int last_steps = steps_from(t1);
@@ -756,7 +757,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
             at_hand = load(is_later ? k - ITEMS : k, is_later ? t1 + back : t1, is_later ? steps_walked_from(t1 + back) : last_steps);
         };
         if (KINDS > 0 && SUM_BUFFERS == 2) store_sums(0);
-        if (t0 / CHUNK % CHUNKS_OF_A_SUM == 0) add_to_totals();
+        if (RELAY || t0 / CHUNK % CHUNKS_OF_A_SUM == 0) add_to_totals();
         Shared::Terms terms[VECTOR] = {};                              // of an item, or of all a thread's items where channels are its columns
         for_items([&](int k, Tensors& at_hand) {
             const Item item(k, channels, last_steps);
@@ -881,7 +882,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
     }
 
     // ------------------------------------------------------------------------------------------ sums over time
-    add_to_totals();
+    if (!RELAY) add_to_totals();
     if (p.dinitial_state && block.split == 0)
         for_states_of(p.dinitial_state, b, [&](int k, int i, state_t& gradient) { gradient = carry[k][i]; });
     if (SLICED && p.sums_out) return;

@@ -99,13 +99,16 @@ DEVICE void of_channels(const real* constants, const Item& item, real (&each)[VE
 static_assert(ITEM_ROWS > 0, "items of a thread lie below each other");
 // Rows that do not begin at a multiple of 16 bytes are read and written by aligned packs all the same, each of which holds the end
 // of one item and the beginning of the next. Of 16 bits alone: float32 has four accesses where these have eight, and no registers.
-constexpr bool STRADDLES = TIME_CONTIGUOUS && 4 * ACCESS <= VECTOR && sizeof(element) == 2 && ROW_ITEMS <= 32 &&
+// Nor has a team of five warps: it gets as many as one of six.
+constexpr bool STRADDLES = TIME_CONTIGUOUS && 4 * ACCESS <= VECTOR && sizeof(element) == 2 && ROW_ITEMS <= 32 && THREADS != 160 &&
                            ITEM_ROWS % VECTOR == 0 && (ALL_ITEMS % THREADS == 0 || ALL_ITEMS % 32 == 0);
 constexpr bool STORES_STRADDLE = STRADDLES && OUT_ACCESS < VECTOR;
 // Whether what is needed first is read first: without too many registers, and where the recurrence does not take by far the longest.
-constexpr bool FINISHED_FIRST = ITEMS <= 2 && CHANNELS == 1 && !STRADDLES;
-// Many items of several accesses: a branch between them keeps the compiler from finishing all at once, and registers from spilling.
-constexpr bool ASKS_FOR_PARTS = SLICED || (ITEMS > 2 && ACCESS < VECTOR && (!TIME_CONTIGUOUS || SLOTS == 1));
+constexpr bool FINISHED_FIRST = ITEMS <= 2 && CHANNELS == 1 && !STRADDLES && !(COMPLEX && CHAINS);
+// Many items of several accesses, or channels of several lanes: a branch between items keeps the compiler from finishing all at once,
+// and registers from spilling.
+constexpr bool ASKS_FOR_PARTS = SLICED || (!TIME_CONTIGUOUS && LANES > 2 && THREADS <= 256) ||
+                                (ITEMS > 2 && ACCESS < VECTOR && (!TIME_CONTIGUOUS || SLOTS == 1));
 constexpr bool PART_OF_A_LINE = TIME_CONTIGUOUS && TILE * sizeof(element) < 128;              // is a row of a tile in memory
 
 // The accesses of a thread to B or C: found once where there are few, or the first says where all are, so that the compiler does
@@ -186,8 +189,8 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
     const int channels = block.channels;
     Coefficient<B_T> B = {p.B, p.B_state, time_stride<B_DENSE, B_VECTOR>(p.B_time), p.B_imag};
     Coefficient<C_T> C = {p.C, p.C_state, time_stride<C_DENSE, C_VECTOR>(p.C_time), p.C_imag};
-    if (B_VARIES) B.base += b * p.B_batch + group_of(c0, p.dim, p.groups_of_B) * p.B_group;
-    if (C_VARIES) C.base += b * p.C_batch + group_of(c0, p.dim, p.groups_of_C) * p.C_group;
+    if (B_VARIES) B.base += b * p.B_batch + c0 / (p.dim / p.groups_of_B) * p.B_group;
+    if (C_VARIES) C.base += b * p.C_batch + c0 / (p.dim / p.groups_of_C) * p.C_group;
 
     const bool does_elements = threadIdx.x >= THREADS;                 // the other half does the recurrence
 
@@ -280,7 +283,8 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
     // ------------------------------------------------------------------------------------------ elements
     // The items of this thread, and where they lie in shared memory: found once where registers allow it (tried: a few more of
     // them kept, and some kernels spill), for the compiler would find them anew in every tile.
-    constexpr bool FOUND_ONCE = ITEMS <= 4 && ENOUGH_REGISTERS && !STRADDLES, FEW_ITEMS = FOUND_ONCE && ITEMS <= 2 && VECTOR > 1;
+    constexpr bool FOUND_ONCE = ITEMS <= 4 && ENOUGH_REGISTERS && !STRADDLES && (TIME_CONTIGUOUS || ACCESS == VECTOR);
+    constexpr bool FEW_ITEMS = FOUND_ONCE && ITEMS <= 2 && VECTOR > 1;
     Item first_item(0, channels, TILE);
     if (FOUND_ONCE) first_item.c = recomputed(first_item.c), first_item.t = recomputed(first_item.t);
     auto item_of = [&](int k, int tile_steps) {

@@ -206,18 +206,6 @@ DEVICE void stage_coefficient(int k, int turn, state_t* tile, const Pack<T, V * 
 }
 
 // ---------------------------------------------------------------------------------------------- channels of a block
-// n/d, of numbers that are not negative. Most are small, and a block has nothing else to do while it finds out where it is: divisions
-// of 64 bits would take a microsecond then.
-DEVICE long long quotient(long long n, long long d) {
-    if (d == 1) return n;
-    return (n | d) >> 32 == 0 ? (long long)((unsigned)n / (unsigned)d) : n / d;
-}
-
-// The group of channel c, of `groups` of them.
-DEVICE long long group_of(long long c, long long dim, long long groups) {
-    return groups == 1 ? 0 : quotient(c, quotient(dim, groups));
-}
-
 struct Block {
     long long b, split, within;                                        // batch entry; part of time; number among the entry's blocks
     long long c0;                                                      // first channel
@@ -225,13 +213,11 @@ struct Block {
 
     // A span is a run of channels that share their groups of B and of C; no block crosses its border.
     DEVICE Block(long long index, long long splits, long long span, long long blocks_per_span, long long blocks_per_batch) {
-        const long long part = quotient(index, blocks_per_batch);
-        within = index - part * blocks_per_batch;
-        b = quotient(part, splits);
-        split = part - b * splits;
-        const long long spans = quotient(within, blocks_per_span);
-        c0 = spans * span + (within - spans * blocks_per_span) * BLOCK_CHANNELS;
-        long long left = (spans + 1) * span - c0;
+        within = index % blocks_per_batch;
+        split = index / blocks_per_batch % splits;
+        b = index / blocks_per_batch / splits;
+        c0 = within / blocks_per_span * span + within % blocks_per_span * BLOCK_CHANNELS;
+        long long left = (within / blocks_per_span + 1) * span - c0;
         channels = left < BLOCK_CHANNELS ? (int)left : BLOCK_CHANNELS;
     }
 };
@@ -244,7 +230,7 @@ struct Split {
     long long begin, end;                                              // steps, as they lie in memory
 
     DEVICE Split(long long split, long long splits, long long length) {
-        const long long chunks = (length + CHUNK - 1) / CHUNK, share = quotient(chunks + splits - 1, splits);
+        const long long chunks = (length + CHUNK - 1) / CHUNK, share = (chunks + splits - 1) / splits;
         const long long first = min(split * share, chunks), last = min(first + share, chunks);           // as they are walked
         begin = (REVERSE ? chunks - last : first) * CHUNK;
         end = min((REVERSE ? chunks - first : last) * CHUNK, length);
