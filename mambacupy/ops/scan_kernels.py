@@ -383,7 +383,7 @@ def plan_backward(args, delta_softplus, reverse, dy, dlast_state, B, C):
         for here, count in _slices(args.state, most)
     ]
     places = tuple(order[x] for name in sums for x in (f"{name}_parts", name))
-    overlap = kernels.device().overlaps
+    overlap = layout.relay and kernels.device().overlaps  # it costs the host a microsecond, and saves one of a short kernel
     launch_sums = plans.sums_of_parts(real.name, tuple(sums.values()), 1 + args.complex, places, overlap)
     results = _results(fresh, _GRADIENTS)
     return _Plan(args.xp, common.axis, _BACKWARD, fresh, results, order, common.copied, split, slices, launch_sums)
