@@ -26,6 +26,12 @@
 #define OVERLAP 1
 #include "tile.cuh"
 
+// The compiler runs out of registers sooner on 10.0 and later.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr bool ENOUGH_REGISTERS = false;
+#else
+constexpr bool ENOUGH_REGISTERS = true;
+#endif
 constexpr int SEGMENT = 8, SEGMENTS = CHUNK / SEGMENT;                 // steps whose Ā and h a lane holds at once
 constexpr int CHUNKS_OF_A_SUM = 4;                                     // over time, before it is added to a total
 constexpr int WARPS = THREADS / 32;
@@ -37,25 +43,20 @@ constexpr int COLUMN_STEPS = SEGMENT / 2;                              // steps 
 constexpr int SUM_BUFFERS = COLUMNS <= 64 ? 2 : 1;                     // with one, all threads wait for each other twice as often
 constexpr int B_LOADS = coefficient_loads<B_VECTOR>(), C_LOADS = coefficient_loads<C_VECTOR>();
 constexpr bool COEFFICIENTS_AHEAD = B_LOADS <= 8 && C_LOADS <= 8;      // few enough to wait in registers
-constexpr bool READ_AHEAD = sizeof(real) == 4;                          // double fills the registers as it is
+constexpr bool READ_AHEAD = sizeof(real) == 4 && (ENOUGH_REGISTERS || !RELAY);             // double fills the registers as it is
 constexpr int TIME_PARTS = TIME_CONTIGUOUS ? (ROW_ITEMS + 31) / 32 : THREADS / (ROW_ITEMS < 32 ? 32 : ROW_ITEMS);
 static_assert(TILE == CHUNK, "a tile is a chunk");
 static_assert(BLOCK_CHANNELS <= THREADS, "a thread sums at most one channel over time");
 static_assert(CHANNELS == 1 || LANES > 1, "two channels are told apart by neighbouring lanes");
 
 // Rows that do not begin at a multiple of an item are read and written by aligned packs all the same, each of which holds the end
-// of one item and the beginning of the next. Of 16 bits alone: float32 has four accesses where these have eight. Not on 10.0 and
-// later, for which the compiler runs out of registers.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr bool ENOUGH_REGISTERS = false;
-#else
-constexpr bool ENOUGH_REGISTERS = true;
-#endif
+// of one item and the beginning of the next. Of 16 bits alone: float32 has four accesses where these have eight.
 constexpr bool STRADDLES = ENOUGH_REGISTERS && TIME_CONTIGUOUS && 4 * ACCESS <= VECTOR && sizeof(element) == 2 &&
                            sizeof(DY_T) == 2 && ROW_ITEMS <= 32 && ITEM_ROWS % VECTOR == 0 && ALL_ITEMS % THREADS == 0;
 
 // Items that are being loaded at any time: two where there are registers for them.
-constexpr int IN_FLIGHT = STRADDLES || ITEMS == 1 || (RELAY && !TIME_CONTIGUOUS) || (!ENOUGH_REGISTERS && ACCESS < VECTOR) ? 1 : 2;
+constexpr bool FEW_REGISTERS = STRADDLES || (!TIME_CONTIGUOUS && BLOCKS_PER_SM * THREADS > 256) || (!ENOUGH_REGISTERS && ACCESS < VECTOR);
+constexpr int IN_FLIGHT = FEW_REGISTERS || ITEMS == 1 ? 1 : 2;
 
 template <typename T>
 struct Loaded {                                                        // an item that is on its way

@@ -104,7 +104,7 @@ constexpr bool STRADDLES = TIME_CONTIGUOUS && 4 * ACCESS <= VECTOR && sizeof(ele
                            ITEM_ROWS % VECTOR == 0 && (ALL_ITEMS % THREADS == 0 || ALL_ITEMS % 32 == 0);
 constexpr bool STORES_STRADDLE = STRADDLES && OUT_ACCESS < VECTOR;
 // Whether what is needed first is read first: without too many registers, and where the recurrence does not take by far the longest.
-constexpr bool FINISHED_FIRST = ITEMS <= 2 && CHANNELS == 1 && !STRADDLES && !(COMPLEX && CHAINS);
+constexpr bool FINISHED_FIRST = ITEMS <= 2 && CHANNELS == 1 && !STRADDLES;
 // Many items of several accesses, or channels of several lanes: a branch between items keeps the compiler from finishing all at once,
 // and registers from spilling.
 constexpr bool ASKS_FOR_PARTS = SLICED || (!TIME_CONTIGUOUS && LANES > 2 && THREADS <= 256) ||
@@ -229,7 +229,7 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
     }
     // Few parts of time: what enters this one is chained here, from what those before it hand on.
     auto chain_parts = [&] {
-        constexpr int AHEAD = CHANNELS * SLOTS <= 4 ? 8 : 4;           // parts that are read at once
+        constexpr int AHEAD = CHANNELS * SLOTS * REALS <= 4 ? 8 : 4;         // parts that are read at once
         for (long long first = 0; first < block.split; first += AHEAD) {
             state_t local[AHEAD][CHANNELS][SLOTS] = {};
             real total[AHEAD][CHANNELS] = {};
