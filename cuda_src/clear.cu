@@ -1,4 +1,4 @@
-// clear.cu: zeros, before the blocks of a launch tell each other by flags what they have left (RELAY in selective_scan_bwd.cu).
+// clear.cu: zeros, before the blocks of a launch tell each other by flags what they have left (RELAY in tile.cuh).
 //
 // Idea: the launch behind it may begin at once, and waits for it only before it looks at the first flag.
 #define OVERLAP 1

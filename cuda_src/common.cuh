@@ -263,8 +263,8 @@ DEVICE void let_next_begin() {
 }
 
 // What a block leaves for others of its launch. It says so, by one thread and after a __syncthreads(), and whoever has seen that it
-// did, and a __syncthreads() after it, sees all of it. Blocks begin in the order of their numbers: only those with smaller ones may
-// be waited for.
+// did, and a __syncthreads() after it, sees all of it. GPUs begin blocks in the order of their numbers, which CUDA does not promise but
+// scans everywhere rely on: only blocks with smaller ones may be waited for.
 #ifdef __CUDA_ARCH__
 DEVICE void publish(unsigned* flag) { asm volatile("st.release.gpu.global.u32 [%0], 1;" : : "l"(flag) : "memory"); }
 DEVICE void wait_until_published(const unsigned* flag) {

@@ -43,7 +43,8 @@ constexpr int COLUMN_STEPS = SEGMENT / 2;                              // steps 
 constexpr int SUM_BUFFERS = COLUMNS <= 64 ? 2 : 1;                     // with one, all threads wait for each other twice as often
 constexpr int B_LOADS = coefficient_loads<B_VECTOR>(), C_LOADS = coefficient_loads<C_VECTOR>();
 constexpr bool COEFFICIENTS_AHEAD = B_LOADS <= 8 && C_LOADS <= 8;      // few enough to wait in registers
-constexpr bool READ_AHEAD = sizeof(real) == 4 && (ENOUGH_REGISTERS || !RELAY);             // double fills the registers as it is
+// Reads of the walk against time, a step ahead of their use: double fills the registers as it is.
+constexpr bool READ_AHEAD = sizeof(real) == 4 && (ENOUGH_REGISTERS || !RELAY || TIME_CONTIGUOUS);
 constexpr int TIME_PARTS = TIME_CONTIGUOUS ? (ROW_ITEMS + 31) / 32 : THREADS / (ROW_ITEMS < 32 ? 32 : ROW_ITEMS);
 static_assert(TILE == CHUNK, "a tile is a chunk");
 static_assert(BLOCK_CHANNELS <= THREADS, "a thread sums at most one channel over time");
@@ -51,12 +52,15 @@ static_assert(CHANNELS == 1 || LANES > 1, "two channels are told apart by neighb
 
 // Rows that do not begin at a multiple of an item are read and written by aligned packs all the same, each of which holds the end
 // of one item and the beginning of the next. Of 16 bits alone: float32 has four accesses where these have eight.
-constexpr bool STRADDLES = ENOUGH_REGISTERS && TIME_CONTIGUOUS && 4 * ACCESS <= VECTOR && sizeof(element) == 2 &&
+constexpr int EDGES_OF_WARP = 3 * (32 / ROW_ITEMS) * VECTOR;           // elements that AlignedStore keeps, in place of a warp's columns
+constexpr bool HAS_ROOM = COLUMN_STEPS * WARP_GROUPS * COLUMNS * sizeof(real) >= EDGES_OF_WARP * sizeof(element);
+constexpr bool STRADDLES = ENOUGH_REGISTERS && TIME_CONTIGUOUS && 4 * ACCESS <= VECTOR && sizeof(element) == 2 && HAS_ROOM &&
                            sizeof(DY_T) == 2 && ROW_ITEMS <= 32 && ITEM_ROWS % VECTOR == 0 && ALL_ITEMS % THREADS == 0;
 
 // Items that are being loaded at any time: two where there are registers for them.
 constexpr bool FEW_REGISTERS = STRADDLES || (!TIME_CONTIGUOUS && BLOCKS_PER_SM * THREADS > 256) || (!ENOUGH_REGISTERS && ACCESS < VECTOR);
 constexpr int IN_FLIGHT = FEW_REGISTERS || ITEMS == 1 ? 1 : 2;
+static_assert(ITEMS % IN_FLIGHT == 0, "an item takes the place of one before it");
 
 template <typename T>
 struct Loaded {                                                        // an item that is on its way
@@ -362,7 +366,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) selective_s
 #pragma unroll 1
         for (int k = 0; k < ITEMS; k += IN_FLIGHT) {
 #pragma unroll
-            for (int i = 0; i < IN_FLIGHT; ++i) if (ITEMS % IN_FLIGHT == 0 || k + i < ITEMS) body(k + i, next[i]);
+            for (int i = 0; i < IN_FLIGHT; ++i) body(k + i, next[i]);
         }
     };
 

@@ -355,7 +355,7 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, BLOCKS_PER_SM) selecti
     // Whether the tiles on both sides exist in this part of time, and so much of them that aligned packs may reach into them; and all
     // channels of the block.
     const int scant = short_steps < VECTOR, first_inner = 1 + (from_end ? scant : 0);
-    const int end_inner = channels < BLOCK_CHANNELS ? 0 : tiles - 1 - (from_end ? 0 : scant);
+    const int end_inner = channels < BLOCK_CHANNELS || !first_item.in_tile(0) ? 0 : tiles - 1 - (from_end ? 0 : scant);
     auto is_inner = [&](int tile) { return first_inner <= tile && tile < end_inner; };
 
     // Items of a tensor in a tile; all of them exist in most tiles. Of those that lie across two packs the later is on its way a

@@ -204,10 +204,13 @@ def _steps(steps, picks, tokens, mask, count):
     logits = steps.begin(tokens, mask)
     for step in range(count):
         chosen = steps.best if picks.are_largest and steps.best is not None else picks.choose(logits, step)
-        arrived, more = steps.fetch(chosen), step + 1 < count
-        if more and steps.ahead:
-            logits = steps.advance(chosen)
-        yield arrived()
+        arrive, more = steps.fetch(chosen), step + 1 < count
+        try:
+            if more and steps.ahead:
+                logits = steps.advance(chosen)
+        finally:  # what is on its way is waited for: it is written to memory of the host
+            arrived = arrive()
+        yield arrived
         if more and not steps.ahead:
             logits = steps.advance(chosen)
 
@@ -219,7 +222,7 @@ class _Steps:
         self.xp, self.model, self.params = xp, model, params
         self.ahead = xp is not np  # the GPU can work while the host looks at the last tokens
         self.best = None  # the token of the largest logit, where the step itself gives it
-        self.slots = []
+        self.slot = None
         if decoder is not None:
             decoder.check(model, params, batch)
         elif xp is not np:
@@ -244,20 +247,17 @@ class _Steps:
         """Start to copy tokens to the host; what is returned waits for them."""
         if not self.ahead:
             return lambda: tokens
-        if not self.slots:
-            self.slots = [_Slot(self.xp, tokens.shape) for _ in range(2)]
-        slot = self.slots[0]
-        self.slots.reverse()
+        slot = self.slot = self.slot or _Slot(self.xp, tokens.shape)
         stream = self.xp.cuda.get_current_stream()
         # A kernel writes into the host's memory: a copy is another unit's work, for which the GPU stands still twice.
         self.xp.positive(tokens, out=slot.on_device)
         copied = stream.record()
 
-        def arrived():
+        def arrive():
             copied.synchronize()
             return slot.on_host.copy()
 
-        return arrived
+        return arrive
 
 
 class _Slot:
@@ -267,7 +267,8 @@ class _Slot:
         import cupyx
 
         self.on_host = cupyx.empty_pinned(shape, np.int64)
-        memory = xp.cuda.UnownedMemory(self.on_host.ctypes.data, self.on_host.nbytes, self.on_host)
+        device = xp.cuda.runtime.getDevice()  # or it would be that of whoever had this memory before
+        memory = xp.cuda.UnownedMemory(self.on_host.ctypes.data, self.on_host.nbytes, self.on_host, device)
         self.on_device = xp.ndarray(shape, np.int64, xp.cuda.MemoryPointer(memory, 0))
 
 

@@ -369,16 +369,7 @@ class LayerNorm(_Norm):
 
 
 # ---------------------------------------------------------------------------------------------------- the mixer
-class MixerSaved(NamedTuple):
-    """What a mixer keeps for its gradient.
-
-    In x's dtype, numbers per token: x d_model; xz 2·d_inner, its two projections; selected dt_rank + 2·d_state, which are dt, B
-    and C; y d_inner, what the scan gave. Further states (batch, ceil(length / 64), d_inner, d_state) and `constants`, A
-    (d_inner, d_state), D and delta_bias (d_inner,), float32 at least. Convolution, norms, delta and rounded weights are
-    computed again, these unless `round_weights` has made them. `before` is a copy of the state that came, or None. `plan` is
-    the scan's, whose arrays are these, or made again as they were.
-    """
-
+class _MixerSaved(NamedTuple):
     x: Any
     xz: Any
     selected: Any
@@ -387,7 +378,22 @@ class MixerSaved(NamedTuple):
     constants: tuple
     before: State | None
     lengths: Any
-    plan: Any
+
+
+class MixerSaved(_MixerSaved):
+    """What a mixer keeps for its gradient.
+
+    In x's dtype, numbers per token: x d_model; xz 2·d_inner, its two projections; selected dt_rank + 2·d_state, which are dt, B
+    and C; y d_inner, what the scan gave. Further states (batch, ceil(length / 64), d_inner, d_state) and `constants`, A
+    (d_inner, d_state), D and delta_bias (d_inner,), float32 at least. Convolution, norms, delta and rounded weights are
+    computed again, these unless `round_weights` has made them. `before` is a copy of the state that came, or None. `plan` is
+    the scan's, as in `SelectiveScanSaved`: its arrays are these, or made again as they were.
+    """
+
+    plan = None
+
+    def __reduce__(self):  # what `copy` and `pickle` build may have other arrays
+        return MixerSaved, tuple(self)
 
 
 @dataclass(frozen=True)
@@ -561,7 +567,9 @@ class MambaMixer:
         if not save:
             return out, None
         constants = scan["A"], scan["D"], scan["delta_bias"]
-        return out, MixerSaved(x, xz, selected, y, scan_saved.states, constants, before, lengths, scan_saved.plan)
+        saved = MixerSaved(x, xz, selected, y, scan_saved.states, constants, before, lengths)
+        saved.plan = scan_saved.plan
+        return out, saved
 
     def _step(self, params, u, z, state):
         """One token: u and z (batch, d_inner, 1)."""
@@ -576,14 +584,14 @@ class MambaMixer:
         return _linear(params["out_proj"], y[:, None])  # (batch, 1, d_model)
 
     def _backward(self, params, saved, dy):
-        x, xz, selected, y, states, constants, before, lengths, plan = saved
+        x, xz, selected, y, states, constants, before, lengths = saved
         padding = _padding(x, lengths)
         u, z = self._halves(xz)
         c, _, conv_saved = self._convolve(params, u, before)
         scan, (low, norms) = self._scan_arguments(params, c, z, selected, before, padding, constants)
         options = {name: scan.pop(name) for name in ("delta_softplus", "initial_state")}
         scan_saved = SelectiveScanSaved(**scan, **options, states=states, reverse=False, discretization="euler")
-        scan_saved.plan = plan
+        scan_saved.plan = saved.plan
 
         grads = {}
         dy_scan, grads["out_proj"] = _linear_backward(params["out_proj"], _turn(y), _blank(dy, padding))

@@ -1,7 +1,8 @@
 """Launches of kernels that may begin while the one in front of them ends: programmatic dependent launch.
 
 CuPy cannot say this of a launch, so the driver is asked for it directly, by `cuLaunchKernelEx`. It pays for short kernels in a
-row that have something to do before they need what the last one made; cuda_src/decode.cuh says where they wait for it.
+row that have something to do before they need what the last one made; they wait for it in `wait_for_previous` of
+cuda_src/common.cuh.
 """
 
 import ctypes

@@ -1,6 +1,8 @@
 """Layers against finite differences, against loops written from the equations, and for what they promise about memory."""
 
+import copy
 import math
+import pickle
 from dataclasses import replace
 
 import ml_dtypes
@@ -344,6 +346,15 @@ def test_initial_dtype_and_seed():
 def test_initial_embedding_is_normal():
     weights = Embedding(500, 40).init(np.random.default_rng(0))["weight"]
     assert kstest(weights.ravel(), "norm", args=(0, 0.02)).pvalue > 1e-3
+
+
+def test_what_is_built_from_a_mixers_saved_has_no_plan():
+    """A plan stands for the very arrays it was made for."""
+    _, saved = SMALL._forward(random_params(SMALL), normal(2, 5, 3), None, None, save=True)
+    saved.plan = object()
+    assert pickle.loads(pickle.dumps(saved)).plan is None
+    assert copy.deepcopy(saved).plan is None
+    assert saved._replace(x=saved.x).plan is None
 
 
 # ---------------------------------------------------------------------------------------------------- memory
