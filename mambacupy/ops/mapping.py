@@ -31,8 +31,9 @@ chunks, if that leaves the GPU full."""
 MOST_TURNS_OF_A_RELAY = 4
 """How many times such a launch may fill the GPU, backward: a part that is a chunk costs more than a chunk of a longer part."""
 
-COST_OF_HALF_A_BLOCK = 1.08
-"""Time for a channel in a block of half the size, relative to a full one: fewer channels share a load of B and C."""
+FULL_BLOCK, COST_OF_HALF_A_BLOCK = 128, 1.08
+"""Threads of a block's team, forward. Time for a channel in a block of half the size, relative to a full one: fewer channels
+share a load of B and C."""
 
 COST_OF_A_LONE_BLOCK, COST_OF_MORE_WARPS = 1.05, 0.95
 """The same for a block of any size that has a multiprocessor for itself; and with twice the warps."""
@@ -120,39 +121,46 @@ def _shared_bytes_for_two(device):
     return min(device.shared_bytes, device.shared_bytes_of_multiprocessor // 2 - 1024)
 
 
-def _most_work(args, splits, threads, block_channels, full, device):
-    """Work of the multiprocessor that gets the most blocks, if a block has `threads` threads instead of `full`."""
+def _most_work(args, splits, threads, block_channels, device):
+    """Lanes of the multiprocessor that gets the most blocks, blocks of half the size at their cost."""
     blocks = args.batch * splits * -(-args.dim // block_channels)
-    return -(-blocks // device.multiprocessors) * threads * (1 if threads == full else COST_OF_HALF_A_BLOCK)
+    return -(-blocks // device.multiprocessors) * threads * (1 if threads == FULL_BLOCK else COST_OF_HALF_A_BLOCK)
 
 
 def forward(args, state, device):
     """Mapping of the forward kernel for `state` states a channel, on a `kernels.Device`.
 
-    Parts of time hand on to each other in one launch where all that is prepared of a part fits into shared memory, and all
-    parts run at once.
+    Many channels: two blocks a multiprocessor, or more of half the size, and time in order. As few as blocks that have a
+    multiprocessor each can hold: these, where they are faster, with more warps. Fewer: time in parts, in one launch where all
+    that is prepared of a part fits into shared memory and all parts run at once, else in two.
     """
-    mapping = _forward_of(args, state, device, relay=False)
+    mapping = _in_blocks(args, state, device, relay=False)
+    alone, cost = _alone(args, state, device)
+    if cost < _cost(args, state, mapping, device):
+        return alone
     if 1 < mapping.splits <= MOST_PARTS_IN_A_RELAY:
-        relay = _forward_of(args, state, device, relay=True)
+        relay = _in_blocks(args, state, device, relay=True)
         blocks = min(device.shared_bytes_of_multiprocessor // (relay.shared_bytes + 1024), relay.blocks_per_sm)
         if relay.shared_bytes <= device.shared_bytes and _blocks(args, relay) <= blocks * device.multiprocessors:
             return relay
     return mapping
 
 
-def _forward_of(args, state, device, relay):
-    """The mapping whose parts of time, if there are any, hand on to each other within a launch, or run in two.
-
-    Eight states a lane (four complex ones) are enough independent work to hide the latencies of one step, and leave little to
-    add up across lanes. Parts of time cost their recurrence twice, so they come only where they fill a GPU that is mostly idle;
-    lanes cost sums across them, and come where there are still too few warps. Where there are more than enough and B and C are
-    long, a lane serves two channels with what it reads of them. float64 gets twice the registers a thread.
-
-    Where blocks that have a multiprocessor each can have all channels, and are faster, they do: no parts, and twice the warps.
-    """
+def _lanes_forward(args, state):
+    """Lanes of a channel at least, and states in each: eight (four complex ones) are enough independent work to hide the
+    latencies of one step, and leave little to add up across lanes."""
     slots = min(4 if args.complex else 8, power_of_two(state))
-    fewest = lanes = power_of_two(-(-state // slots))
+    return power_of_two(-(-state // slots)), slots
+
+
+def _in_blocks(args, state, device, relay):
+    """The mapping in blocks of one size, whose parts of time, if there are any, hand on to each other within a launch or not.
+
+    Parts of time cost their recurrence twice, so they come only where they fill a GPU that is mostly idle; lanes cost sums
+    across them, and come where there are still too few warps. Where there are more than enough and B and C are long, a lane
+    serves two channels with what it reads of them. float64 gets twice the registers a thread.
+    """
+    lanes, slots = _lanes_forward(args, state)
     lanes_wanted, lanes_given = 32 * ENOUGH_WARPS * device.multiprocessors, args.batch * args.dim * lanes
     wanted = lanes_wanted // lanes_given if lanes_given * 3 <= lanes_wanted else 1
     splits = _parts_of_time(args, wanted, CHUNKS_OF_A_PART)
@@ -160,56 +168,71 @@ def _forward_of(args, state, device, relay):
         splits = _parts_of_time(args, min(wanted, MOST_PARTS_IN_A_RELAY), 1)
         if splits * slots > MOST_STATES_CHAINED and 2 * lanes_given * splits > lanes_wanted:
             splits = _parts_of_time(args, min(wanted, MOST_PARTS_IN_A_RELAY), 2)
-    real_bytes, state_bytes = _bytes(args)
-    may_be_lone = not relay and lanes <= 2 and slots > 1 and state_bytes == 4
     while slots > 1 and lanes < 32 and 2 * args.batch * args.dim * lanes * splits <= lanes_wanted:
         slots, lanes = slots // 2, lanes * 2
+    real_bytes, state_bytes = _bytes(args)
     channels = 2 if lanes >= 4 and state_bytes == 4 and not args.zoh and lanes_given >= 2 * lanes_wanted else 1
-    work = {size: _most_work(args, splits, size, size // lanes * channels, 128, device) for size in (128, 64)}
+    work = {size: _most_work(args, splits, size, size // lanes * channels, device) for size in (FULL_BLOCK, FULL_BLOCK // 2)}
     threads = min(work, key=work.get)
-    room, blocks_per_sm = _shared_bytes_for_two(device), (256 if real_bytes == 4 else 128) // threads
-    lone = _lone_block(args, fewest, device) if may_be_lone else math.inf
-    doubled = lone <= MOST_LANES_DOUBLED
-    cost = max(lone * (COST_OF_MORE_WARPS if doubled else COST_OF_A_LONE_BLOCK), LEAST_OF_A_LONE_BLOCK)
-    if cost < work[threads] * fewest / lanes / splits * (COST_OF_PARTS if splits > 1 else 1):
-        # The elements of float32 are twice the accesses: of few channels they need the warps that come with more lanes.
-        more = 4 if lone <= 64 and args.u.itemsize == 4 else 2 if doubled else 1
-        lanes, slots, threads = more * fewest, min(8, power_of_two(state)) // more, more * lone
-        room, blocks_per_sm, splits = device.shared_bytes, 1, 1
-    block_channels = threads // lanes * channels
-    for tile in (64, 32, 16, 8, 4, 2, 1):
-        shared_bytes = _forward_shared_bytes(args, lanes, slots, tile, block_channels, 2)
-        in_registers = tile * block_channels // threads * args.u.itemsize  # bytes of each tensor that a thread holds
-        # With several lanes a channel, a lone block's threads have little in their registers: tiles are longer, and fewer. But
-        # teams of five warps have no more registers than those of six, and spill where rows are not aligned.
-        has_long_tiles = threads > 256 or (blocks_per_sm == 1 and lanes > 2 and threads != 160)
-        most_in_registers = 64 if tile < 64 else 32 if has_long_tiles else 0
-        if in_registers <= most_in_registers and shared_bytes <= room:
-            break
-    mapping = Mapping(lanes, slots, channels, tile, threads, 2, blocks_per_sm, splits, shared_bytes)
+    blocks_per_sm = (256 if real_bytes == 4 else 128) // threads
+    mapping = Mapping(lanes, slots, channels, 1, threads, 2, blocks_per_sm, splits, 0)
+    mapping = _with_tile(args, mapping, _shared_bytes_for_two(device), 32)
     if not relay:
         return mapping
     chunks = -(-args.length // CHUNK)
-    buffers = power_of_two(-(-chunks // splits) * CHUNK // tile)
-    shared_bytes = _forward_shared_bytes(args, lanes, slots, tile, block_channels, buffers)
-    return mapping._replace(shared_bytes=shared_bytes, buffers=buffers, relay=True)
+    buffers = power_of_two(-(-chunks // splits) * CHUNK // mapping.tile)
+    return mapping._replace(shared_bytes=_forward_shared_bytes(args, mapping, buffers), buffers=buffers, relay=True)
 
 
-def _lone_block(args, lanes, device):
-    """Lanes of a block of which every multiprocessor gets one at most, and about the same; infinitely many if there is none."""
+def _alone(args, state, device):
+    """The mapping in blocks of which every multiprocessor gets one at most, and about the same, and its cost as in `_cost`:
+    infinite if there is none."""
+    lanes, slots = _lanes_forward(args, state)
+    if lanes > 2 or slots == 1 or _bytes(args)[1] > 4:
+        return None, math.inf
     # Channels are a multiple of 8, for the sake of `column` in tile.cuh. With 128 lanes float32 would spill.
     sizes = (48, 64, 80, *((128,) if args.u.itemsize == 2 else ()), 160, 192) if lanes == 2 else (96, 160, 192)
-    fitting = (size for size in sizes if args.batch * -(-args.dim // (size // lanes)) <= device.multiprocessors)
-    return next(fitting, math.inf)
+    for size in sizes:
+        if args.batch * -(-args.dim // (size // lanes)) <= device.multiprocessors:
+            # The elements of float32 are twice the accesses: of few channels they need the warps that come with more lanes.
+            doubled = size <= MOST_LANES_DOUBLED
+            more = 4 if size <= 64 and args.u.itemsize == 4 else 2 if doubled else 1
+            mapping = Mapping(lanes * more, slots // more, 1, 1, size * more, 2, 1, 1, 0)
+            # With several lanes a channel, threads have little in their registers: tiles are longer, and fewer. But teams of
+            # five warps have no more registers than those of six, and spill where rows are not aligned.
+            has_long_tiles = mapping.threads > 256 or (mapping.lanes > 2 and mapping.threads != 160)
+            cost = max(size * (COST_OF_MORE_WARPS if doubled else COST_OF_A_LONE_BLOCK), LEAST_OF_A_LONE_BLOCK)
+            return _with_tile(args, mapping, device.shared_bytes, 64 if has_long_tiles else 32), cost
+    return None, math.inf
 
 
-def _forward_shared_bytes(args, lanes, slots, tile, block_channels, buffers):
+def _with_tile(args, mapping, room, longest):
+    """The mapping with the longest tile whose elements fit into registers, 64 bytes of each tensor a thread, and into shared
+    memory with all that belongs to it; tiles of 64 steps leave fewer registers."""
+    for tile in (64, 32, 16, 8, 4, 2, 1):
+        mapping = mapping._replace(tile=tile)
+        mapping = mapping._replace(shared_bytes=_forward_shared_bytes(args, mapping, mapping.buffers))
+        in_registers = tile * mapping.block_channels // mapping.threads * args.u.itemsize
+        if tile <= longest and in_registers <= (64 if tile < 64 else 32) and mapping.shared_bytes <= room:
+            break
+    return mapping
+
+
+def _cost(args, state, mapping, device):
+    """Lanes of the multiprocessor that gets the most, at as few a channel as there can be, for all of time."""
+    work = _most_work(args, mapping.splits, mapping.threads, mapping.block_channels, device)
+    lanes, parts = _lanes_forward(args, state)[0], COST_OF_PARTS if mapping.splits > 1 else 1
+    return work * lanes / mapping.lanes / mapping.splits * parts
+
+
+def _forward_shared_bytes(args, mapping, buffers):
     """An upper bound of sizeof(Shared) in selective_scan_fwd.cu, which checks it."""
     real_bytes, state_bytes = _bytes(args)
     varying = (args.groups_B > 0) + (args.groups_C > 0)
-    pairs = 1 if lanes < 4 else 2  # of numbers, of an element
-    coefficients = varying * (lanes * slots * state_bytes + 16)  # of a step
-    return buffers * tile * (2 * pairs * block_channels * real_bytes + coefficients) + 2 * block_channels * real_bytes + 1024
+    pairs = 1 if mapping.lanes < 4 else 2  # of numbers, of an element
+    coefficients = varying * (mapping.lanes * mapping.slots * state_bytes + 16)  # of a step
+    of_channel, channels = 2 * pairs * buffers * mapping.tile + 2, mapping.block_channels
+    return of_channel * channels * real_bytes + buffers * mapping.tile * coefficients + 1024
 
 
 def backward(args, state, device):
