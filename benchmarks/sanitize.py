@@ -29,7 +29,9 @@ ROWS = ("base", "bfloat16", "complex-bfloat16", "channel-order-bfloat16", "group
 
 
 def main():
-    without_library = sys.argv[1:] == ["without-library"]  # initcheck takes what cuBLAS writes for unwritten
+    if sys.argv[1:] not in ([], ["without-library"]):
+        sys.exit(f"benchmarks.sanitize: got {sys.argv[1:]}, wanted nothing or without-library; compute-sanitizer runs it")
+    without_library = len(sys.argv) > 1  # initcheck takes what cuBLAS writes for unwritten
     cp.cuda.set_allocator(None)  # an allocation of its own for every array, so that stepping over an end is seen
     plans.TOGETHER = 0
     parts = [scans(), *(operations(dtype) for dtype in ("float32", "bfloat16"))]
@@ -48,6 +50,7 @@ def scans():
         "parts in a relay": {"batch": 1, "dim": 40, "length": 1000},
     }
     rows["rows across packs"] = {"length": 197, "dtype": "bfloat16"}
+    rows["rows across packs, more threads than items"] = {"batch": 1, "dim": 160, "length": 100, "dtype": "bfloat16"}
     for row, changes in rows.items():
         arguments, options = cases.make(**changes)
         given = {name: None if x is None else cases.to_gpu(x) for name, x in arguments.items()}

@@ -76,13 +76,7 @@ ROWS = {
     "state-40-constant-B": {"state": 40, "B": "constant"},
     "state-20-complex-zoh": {"state": 20, "complex": True, "discretization": "zoh"},
     # Rows across packs, and no columns that their ends could lie in.
-    "length-197-state-40-constant-BC-bfloat16": {
-        "length": 197,
-        "state": 40,
-        "B": "constant",
-        "C": "constant",
-        "dtype": "bfloat16",
-    },
+    "length-197-constant-BC-bfloat16": {"length": 197, "state": 40, "B": "constant", "C": "constant", "dtype": "bfloat16"},
     **{f"dim-{n}": {"dim": n} for n in (1, 7, 64, 130)},
     "dim-130-channel-order": {"dim": 130, "order": "channel"},
     "batch-1": {"batch": 1},

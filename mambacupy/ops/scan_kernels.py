@@ -196,18 +196,8 @@ _FORWARD = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state"
 _BACKWARD = (*_FORWARD, "states", "dy", "dlast_state")
 
 _MAY_BE_MISSING = (
-    "carries",
-    "totals",
-    "handed",
-    "published",
-    "states",
-    "dz",
-    "dD",
-    "dbias",
-    "dinitial_state",
-    "dD_parts",
-    "dbias_parts",
-)
+    "carries", "totals", "handed", "published", "states", "dz", "dD", "dbias", "dinitial_state", "dD_parts", "dbias_parts",
+)  # fmt: skip
 
 
 def _order(names, fresh, enters, came, left):
